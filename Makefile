@@ -1,0 +1,50 @@
+# make train: set up .venv and train a small PaLM on the Python standard library.
+# make test:  set up .venv and run every check and test.
+# Only Python >= 3.11 is needed; everything else comes from the package registry, at the versions of requirements.lock.
+
+# The first of these that runs and is new enough; the lock is resolved for 3.11. PYTHON=/path/to/python overrides.
+PYTHON ?= $(shell for python in python3.11 python3 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LOCK := requirements.lock
+UV := $(shell grep -oE '^uv==[0-9.]+' $(LOCK))
+
+MODEL_DIR ?= runs/palm_stdlib
+ARGS ?=
+WORKERS ?= 2
+
+.PHONY: train test lint lock clean
+.DELETE_ON_ERROR:
+
+train: $(READY)
+	$(BIN)/palmjax train gin/exp/palm_stdlib.gin --gin.MODEL_DIR=$(MODEL_DIR) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+# Done once, and again when what is installed would change. uv does not read pip's settings: the index is handed over.
+$(READY): $(LOCK) pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "palmjax needs Python 3.11 or newer and found none: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
+	index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}}; \
+	test -z "$$index" || export UV_DEFAULT_INDEX="$$index"; \
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r $(LOCK) && \
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Resolves anew for Python 3.11 on Linux; pass ARGS=--upgrade to move to the newest versions.
+lock: $(READY)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --output-file $(LOCK) $(ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis dist

@@ -1,0 +1,1 @@
+"""Kernels as ops, each with a reference in plain jnp. Imports jax only; usable without palmjax."""

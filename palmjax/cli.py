@@ -1,0 +1,71 @@
+"""`palmjax VERB ...`. Each verb is also `python -m` its module; nothing heavy is imported before the verb is known."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from palmjax import __version__
+from palmjax.config import ConfigError
+
+VERBS = {
+    "train": ("palmjax.train", "train a model from gin files; run again to resume"),
+    "eval": ("palmjax.evaluation.heldout", "held-out loss, bits per byte and accuracy of a checkpoint"),
+    "generate": ("palmjax.decode", "continue a prompt with a checkpoint"),
+    "config": ("palmjax.configure", "print a configuration as it will run, and where each value was set"),
+    "tokenizer": ("palmjax.tokenizer", "train a SentencePiece vocabulary"),
+}
+"""Verb to its module, whose `main(argv) -> int` it runs, and a line of help."""
+
+HELP = "\n".join(
+    [
+        "usage: palmjax VERB [FILE.gin ...] [--gin.KEY=VALUE ...]",
+        "",
+        *(f"  {verb:10} {line}" for verb, (_, line) in VERBS.items()),
+        "",
+        "palmjax VERB --help tells more; palmjax --version prints the version.",
+        "Start with: palmjax train gin/exp/palm_stdlib.gin --gin.MODEL_DIR=runs/first",
+    ]
+)
+
+
+def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Runs a verb's main: a ConfigError is one or two lines on stderr and exit code 2, Ctrl-C is 130.
+
+    Any other exception is ours and keeps its traceback. Modules in the working directory can be imported by gin's
+    `import` lines; it comes last on the path, so nothing there shadows an installed package.
+    """
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return main(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Finds the verb and runs it. Returns the process's exit code."""
+    verb, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if verb in ("--help", "-h", "help"):
+        print(HELP)
+        return 0
+    if verb in ("--version", "version"):
+        print(f"palmjax {__version__}")
+        return 0
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"verbs are {', '.join(VERBS)}"
+        print(f"error: palmjax has no verb {verb!r}; {hint}", file=sys.stderr)
+        return 2
+    return run_main(lambda given: importlib.import_module(VERBS[verb][0]).main(given), rest)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,210 @@
+"""The configuration tree: frozen, keyword-only dataclasses, with no jax and no gin.
+
+`Experiment` is the root. What has variants (a model, an optimizer, a packing, a batch size over time) is a
+field typed by one of the abstract parts below; each variant is a frozen dataclass with a `build()`, defined in the
+room that implements it and chosen by reference in gin (`Experiment.optimizer = @Adafactor()`). The same tree can be
+built in plain Python. `configure.py` builds it from gin files and checks every type; this module imports nothing of
+palmjax.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+_T = TypeVar("_T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def section(cls: type[_T]) -> type[_T]:
+    """Decorator of every configuration class: a frozen, keyword-only dataclass, and known as one to type checkers."""
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+class ConfigError(ValueError):
+    """Something a user wrote cannot work. Its text is one or two lines: what, where, and the nearest right thing."""
+
+
+class Part(abc.ABC):
+    """Base of everything with variants. `build` makes the working object; its arguments are the room's own."""
+
+    @abc.abstractmethod
+    def build(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class ModelPart(Part):
+    """A language model's architecture (`palmjax.models`). `build()` returns a `models.api.LanguageModel`.
+
+    dropout: the rate in training; 0 for none.
+    """
+
+    dropout: float
+
+
+class OptimizerPart(Part):
+    """An optimizer (`palmjax.optim`). `build(axes)` returns an `optax.GradientTransformation`."""
+
+    @abc.abstractmethod
+    def learning_rate(self, step: Any) -> Any:
+        """The learning rate of the update made after `step` updates, a float scalar; traceable."""
+
+
+class SchedulePart(Part):
+    """A learning rate over steps (`palmjax.optim`). `build()` returns `step -> learning rate`."""
+
+
+class LossPart(Part):
+    """A training loss (`palmjax.loss`). `build()` returns `(logits, batch) -> (loss, metrics)`."""
+
+
+class PackingPart(Part):
+    """How a token stream becomes rows of fixed length (`palmjax.data.batch`)."""
+
+
+class BatchSizePart(Part):
+    """Rows a step as a function of the step (`palmjax.data.order`)."""
+
+
+class TaskPart(Part):
+    """A seqio task made from values (paths, a key) rather than by a module's import (`tasks`). `build()` registers it.
+
+    `tasks` imports nothing of palmjax, so its dataclasses are accepted here by shape: a `name` and a `build`.
+    """
+
+    name: str
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        if cls is not TaskPart:
+            return NotImplemented
+        fields = getattr(other, "__dataclass_fields__", {})
+        return ("name" in fields and hasattr(other, "build")) or NotImplemented
+
+
+@section
+class MeshConfig:
+    """Devices on each mesh axis; one axis may be -1, meaning all the rest. The product must be the device count.
+
+    `data` replicates parameters and splits the batch; over several slices (pods) it is the axis that crosses DCN.
+    `fsdp` splits the batch and the parameters. `tensor` splits heads, MLP and vocabulary.
+    PaLM's layout is data 2 (pods), fsdp 256, tensor 12 (PaLM section 4).
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@section
+class ShardingRules:
+    """Mesh axes of each logical axis; () replicates. Names are T5X's where T5X has one.
+
+    Parameters use `vocab embed mlp heads kv_heads head_dim layers`; activations use `batch length residual` and
+    the same `mlp heads kv_heads vocab`. A dimension of size one is always replicated (multi-query's single K/V head).
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    length: tuple[str, ...] = ()
+    residual: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ("tensor",)
+    embed: tuple[str, ...] = ("fsdp",)
+    mlp: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
+
+@section
+class DatasetConfig:
+    """One stream of batches. Field names are those of T5X's `utils.DatasetConfig`; use the scopes `train/`,
+    `train_eval/`.
+
+    mixture_or_task_name: a seqio Task or Mixture, registered by `modules` or by `tasks`.
+    modules: Python modules to import before the name is looked up; every `import` line in gin adds its module here.
+    task_feature_lengths: {"targets": T}, tokens a row.
+    batch_size: rows a step over all hosts, or a `BatchSizePart` for a ramp.
+    tasks: tasks to register first, each a `TaskPart` value, such as `@JsonLines()`.
+    store_dir: folder of the token stores (local or gs://), shared by all hosts.
+    workers: processes that tokenize when the store is built; 0 tokenizes in the calling process.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    batch_size: int | BatchSizePart
+    packing: PackingPart
+    store_dir: str
+    split: str = "train"
+    shuffle: bool = True
+    seed: int = 0
+    use_cached: bool = False
+    modules: tuple[str, ...] = ()
+    tasks: tuple[TaskPart, ...] = ()
+    workers: int = 0
+
+
+@section
+class SaveCheckpointConfig:
+    """When to save. `period` steps apart; the newest `keep` stay (None: all), and every multiple of `keep_period`."""
+
+    period: int = 1000
+    keep: int | None = 3
+    keep_period: int | None = None
+
+
+@section
+class RestoreCheckpointConfig:
+    """Initial parameters from `path` (a `checkpoint_N` folder or a MODEL_DIR: its newest) when MODEL_DIR has none."""
+
+    path: str | None = None
+
+
+@section
+class CheckpointConfig:
+    """Saving into MODEL_DIR and the initial checkpoint."""
+
+    save: SaveCheckpointConfig = SaveCheckpointConfig()
+    restore: RestoreCheckpointConfig = RestoreCheckpointConfig()
+
+
+@section
+class TrainConfig:
+    """The loop. Steps are absolute, as T5X's TRAIN_STEPS: they include those of the initial checkpoint.
+
+    microbatches: gradient accumulation; each step's rows are split in this many.
+    eval_period: steps between held-out evaluations (0: only at the end); eval_steps: batches each (None: all).
+    log_period: steps between log lines; every step goes to metrics.jsonl.
+    profile_steps: (first, last) steps traced into MODEL_DIR/profile.
+    sample_prompt: text continued after the last step; None for no sample. sample_tokens: how many tokens.
+    compilation_cache: folder of compiled programs; None turns the cache off.
+    """
+
+    steps: int
+    seed: int = 0
+    microbatches: int = 1
+    eval_period: int = 0
+    eval_steps: int | None = None
+    log_period: int = 10
+    profile_steps: tuple[int, int] | None = None
+    sample_prompt: str | None = None
+    sample_tokens: int = 128
+    tensorboard: bool = True
+    compilation_cache: str | None = "~/.cache/palmjax/compiled"
+
+
+@section
+class Experiment:
+    """A whole run. Everything that decides a run's numbers is in here; a run is a pure function of this value."""
+
+    model_dir: str
+    model: ModelPart
+    optimizer: OptimizerPart
+    loss: LossPart
+    train_dataset: DatasetConfig
+    train_eval_dataset: DatasetConfig | None
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    sharding: ShardingRules = ShardingRules()

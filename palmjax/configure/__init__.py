@@ -1,0 +1,92 @@
+"""gin files and flags to one typed, checked `Experiment`; and back to text. Imported by the verbs' mains only.
+
+    flags, rest = parse_flags(argv)
+    loaded = load(flags.files, flags.bindings, flags.search_paths)
+    loaded.experiment          # palmjax.config.Experiment
+    loaded.operative           # gin text that gives an equal experiment when loaded alone
+
+names.py: which classes a name may mean. text.py: gin to statements. build.py: statements to the tree, nothing left
+over. check.py: types. show.py: the tree as text. flags.py: the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from palmjax.config import ConfigError, Experiment
+from palmjax.configure.build import Config, Node, build
+from palmjax.configure.flags import USAGE, Flags, parse_flags
+from palmjax.configure.names import Names
+from palmjax.configure.show import Operative, Tree, describe, flatten
+from palmjax.configure.text import Reader
+
+__all__ = ["USAGE", "Flags", "Loaded", "describe", "load", "main", "parse_flags"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checked configuration. `experiment` is the value that decides the run; the rest tells how it came about."""
+
+    experiment: Experiment
+    root: Node
+    config: Config
+
+    @functools.cached_property
+    def operative(self) -> str:
+        """Flat, sorted gin text without includes that gives an equal experiment when loaded alone."""
+        return str(Operative(self.root, self.config))
+
+    def tree(self) -> str:
+        """The include chain and every value with the place that set it and what it overrode."""
+        return str(Tree(self.root, self.config))
+
+    def flat(self) -> dict[str, Any]:
+        """Every leaf by its path in the tree, such as "train.steps"."""
+        return dict(flatten(self.experiment))
+
+
+def load(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> Loaded:
+    """Reads gin files, then bindings (`"NAME=value"`), later ones over earlier ones, and builds the experiment.
+
+    Files are looked for in the working directory, `search_paths` and the shipped configs. Raises ConfigError with the
+    file and line for anything that is misspelt, of the wrong type, without effect, ambiguous, circular or not set.
+    """
+    if not files:
+        raise ConfigError("no gin file: name one, such as gin/exp/palm_stdlib.gin")
+    reader = Reader(search_paths)
+    for name in files:
+        reader.file(name)
+    for binding in bindings:
+        reader.binding(binding)
+    config = Config(reader.source, Names(reader.source.imports))
+    root = build(config)
+    return Loaded(root.instance, root, config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`palmjax config FILE.gin [...]`: prints the resolved tree, the operative gin text, or the flat dump."""
+    flags, rest = parse_flags(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="palmjax config",
+        usage="palmjax config FILE.gin [FILE.gin ...] [--gin.KEY=VALUE ...] [--format {tree,gin,flat}]",
+        description="Print a configuration as it will run: every value and where it was set.",
+        epilog=USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--format", choices=("tree", "gin", "flat"), default="tree", help="tree: with origins (default)"
+    )
+    options = parser.parse_args(rest)
+    loaded = load(flags.files, flags.bindings, flags.search_paths)
+    if options.format == "tree":
+        print(loaded.tree(), end="")
+    elif options.format == "gin":
+        print(loaded.operative, end="")
+    else:
+        print(describe(loaded.experiment), end="")
+    return 0

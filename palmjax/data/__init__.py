@@ -1,0 +1,1 @@
+"""The data path: seqio tasks become token stores once; training then reads rows by number."""

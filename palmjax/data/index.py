@@ -1,0 +1,97 @@
+"""Which stores a DatasetConfig means, found without seqio. Imports config and data.store.
+
+Only seqio knows a task's vocabulary and a mixture's tasks and rates. Once it has been asked, the answer is kept in
+`<store_dir>/index`, under the values of the config that decide it, so that a later start needs neither seqio nor
+TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from palmjax.config import ConfigError, DatasetConfig, TaskPart
+from palmjax.data.store import FORMAT, Folder, is_complete
+
+_LATEST = "latest"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One task of a dataset: its store's path below store_dir, and its rate, the share of rows it is to give."""
+
+    task: str
+    path: str
+    rate: float
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def values_of(part: TaskPart) -> list[Any]:
+    """What decides a task made from values: its class and its fields."""
+    fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}  # pyright: ignore[reportArgumentType]
+    return [f"{type(part).__module__}.{type(part).__qualname__}", fields]
+
+
+def content_of(part: TaskPart) -> str:
+    """What else decides it: the identity of its files. Raises ConfigError if there are none, or not to be read."""
+    content_key = getattr(part, "content_key", None)
+    try:
+        return content_key() if content_key else ""
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"task {part.name!r}: {error}") from error
+
+
+def _entry_name(config: DatasetConfig) -> str:
+    identity = {
+        "format": FORMAT,
+        "name": config.mixture_or_task_name,
+        "split": config.split,
+        "use_cached": config.use_cached,
+        "modules": sorted(config.modules),
+        "tasks": [values_of(part) for part in config.tasks],
+    }
+    return f"index/{digest(identity)}.json"
+
+
+def _entries(config: DatasetConfig) -> dict[str, Any]:
+    data = Folder(config.store_dir).read(_entry_name(config))
+    try:
+        return json.loads(data) if data else {}
+    except ValueError:  # only a memory of what seqio said: it is asked again
+        return {}
+
+
+def lookup(config: DatasetConfig) -> list[Source] | None:
+    """The finished stores of this config, or None if seqio has to be asked or a store has to be built.
+
+    When a task's files are gone, which a finished store does not need, the stores built last are meant. Raises
+    ConfigError if the files are gone and there are no such stores.
+    """
+    entries = _entries(config)
+    try:
+        content = digest([content_of(part) for part in config.tasks])
+    except ConfigError as error:
+        if _LATEST not in entries:
+            raise
+        print(f"palmjax: {error}; using the token stores built from it before", file=sys.stderr)
+        content = _LATEST
+    sources = [Source(**source) for source in entries.get(content, ())]
+    folder = Folder(config.store_dir)
+    if not sources or not all(is_complete(f"{folder.path}/{source.path}") for source in sources):
+        return None
+    return sources
+
+
+def save(config: DatasetConfig, sources: Sequence[Source]) -> None:
+    """Keeps the answer for the next `lookup`."""
+    entries = _entries(config)
+    answer = [dataclasses.asdict(source) for source in sources]
+    entries[digest([content_of(part) for part in config.tasks])] = entries[_LATEST] = answer
+    Folder(config.store_dir).write(_entry_name(config), json.dumps(entries, indent=1).encode())

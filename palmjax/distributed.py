@@ -1,0 +1,209 @@
+"""Several processes, one job: start-up, and an end that says why when one of them is lost.
+
+Flags are T5X's. A job of several processes lives and dies as one: when a process is lost, every other one stops within
+a minute with a message and a non-zero exit code, and the restarted job goes on from the newest checkpoint. Three things
+notice a loss. A collective fails (gloo on CPU): at once, in the main thread. The coordinator's connection closes, or a
+heartbeat is missed: JAX aborts the process from a thread of its own, and in jax 0.10.2 nothing in Python runs before it
+does, so a small witness process says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+
+import jax
+
+from palmjax.config import ConfigError
+
+EXIT_PEER_LOST = 69
+"""Exit code of a process that stopped because another one was lost (EX_UNAVAILABLE): run the job again."""
+
+HEARTBEAT_SECONDS = 30
+"""A silent process is taken for lost after this long. JAX's own 100 s would keep a pod waiting for nothing."""
+
+AUTO = "PALMJAX_DISTRIBUTED"
+"""Set to `auto` by launchers on TPU pods and Slurm: addresses and ranks then come from the cluster's environment."""
+
+_LOST = re.compile(
+    r"Gloo .*failed|Connection (closed|reset) by peer|Socket closed|coordination service|CoordinationService|"
+    r"heartbeat|Barrier failed|tasks? (has|have)? ?(crashed|failed|died)|Broken pipe",
+    re.IGNORECASE,
+)
+"""What jaxlib 0.10.2 says in a JaxRuntimeError when a peer or the coordinator is gone (gloo's and gRPC's own words)."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """T5X's flags for several processes. On one machine, `python -m launch.local` sets them."""
+    group = parser.add_argument_group("several processes (T5X's flags)")
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--process_count", type=int, metavar="N", help="processes of the job")
+    group.add_argument("--process_index", type=int, metavar="I", help="which of them this one is, from 0")
+    group.add_argument("--initialization_timeout", type=int, default=300, metavar="SECONDS", help="wait for all (300)")
+    group.add_argument(
+        "--multiprocess_gpu", action="store_true", help="take what is not given from the cluster (Slurm, Open MPI, GKE)"
+    )
+
+
+def initialize(options: argparse.Namespace) -> bool:
+    """Joins the job that the flags or the environment describe; returns whether there is one.
+
+    Call it before anything asks for devices. Raises ConfigError if the flags contradict each other or if the processes
+    don't find each other in time.
+    """
+    address, count, index = options.coordinator_address, options.process_count, options.process_index
+    auto = options.multiprocess_gpu or os.environ.get(AUTO) == "auto" or _is_tpu_pod()
+    if (address, count, index) == (None, None, None) and not auto:
+        return False
+    if not auto:
+        _check_flags(address, count, index)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            initialization_timeout=options.initialization_timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
+        reason = str(error).splitlines()[0][:300]
+        raise ConfigError(
+            f"process {'?' if index is None else index} of {count or '?'} could not join the job at "
+            f"{address or 'the address that the cluster gives'} within {options.initialization_timeout} s: {reason}"
+        ) from error
+    return True
+
+
+def _check_flags(address: str | None, count: int | None, index: int | None) -> None:
+    given = {"coordinator_address": address, "process_count": count, "process_index": index}
+    if missing := [f"--{name}" for name, value in given.items() if value is None]:
+        raise ConfigError(f"several processes need {' and '.join(missing)} too, or --multiprocess_gpu to detect it")
+    assert address is not None and count is not None and index is not None
+    if not 0 <= index < count:
+        raise ConfigError(f"--process_index={index} is not one of --process_count={count} (from 0)")
+    if not re.fullmatch(r".+:\d+", address):
+        raise ConfigError(f"--coordinator_address={address} is not HOST:PORT")
+
+
+def _is_tpu_pod() -> bool:
+    """Whether GKE says that this host is one of several of a TPU slice."""
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+# --- the end -------------------------------------------------------------------------------------------------------
+
+_resume_from = ""
+_witness: _Witness | None = None
+
+
+def remember(checkpoint: str) -> None:
+    """Names the checkpoint from which a restarted job would go on, for the message if a process is lost."""
+    global _resume_from
+    _resume_from = checkpoint
+    if _witness is not None:
+        _witness.tell(_without_a_word())
+
+
+def _advice() -> str:
+    goes_on = f"; it goes on from {_resume_from}" if _resume_from else ""
+    return f"Run the job again{goes_on}."
+
+
+def _without_a_word() -> str:
+    who = f"process {jax.process_index()} of {jax.process_count()} (pid {os.getpid()})"
+    return f"{who} was killed, or stopped by JAX because another process was lost.\n{_advice()}"
+
+
+def explain(error: BaseException) -> str | None:
+    """One or two lines if `error` (or what it came from) means that another process was lost; None otherwise."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, jax.errors.JaxRuntimeError | TimeoutError) and _LOST.search(str(seen)):
+            mine, count = jax.process_index(), jax.process_count()
+            who = f"process {1 - mine}" if count == 2 else "another process"
+            cause = str(seen).splitlines()[0][:160]
+            return f"process {mine} of {count} stops: {who} was lost ({cause}).\n{_advice()}"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextlib.contextmanager
+def session(options: argparse.Namespace) -> Iterator[None]:
+    """Joins the job, runs the block and leaves the job. Without flags for several processes it does nothing.
+
+    An error in one of several processes ends that process here, after it is printed: a usual exit would wait for the
+    others at JAX's shutdown barrier, while they wait for this one in a collective.
+    """
+    global _witness
+    if not initialize(options):
+        yield
+        return
+    _witness = _Witness(_without_a_word())
+    try:
+        yield
+    except BaseException as error:
+        code = _report(error, _witness)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    jax.distributed.shutdown()
+    _witness.tell("")
+    _witness = None
+
+
+def _report(error: BaseException, witness: _Witness) -> int:
+    """Says what ended this process and returns its exit code, as `cli.run_main` does for one process."""
+    if text := explain(error):
+        witness.tell(text)  # said after this process's end, so that JAX's own outcry, if it comes, comes before
+        return EXIT_PEER_LOST
+    witness.tell("")
+    prefix = f"process {jax.process_index()} of {jax.process_count()}"
+    match error:
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case KeyboardInterrupt():
+            print(f"{prefix}: interrupted", file=sys.stderr)
+            return 130
+        case ConfigError():
+            print(f"error: {prefix}: {error}", file=sys.stderr)
+            return 2
+    traceback.print_exception(error)
+    return 1
+
+
+class _Witness:
+    """A small process that outlives this one and then says the last text it was told, if any, on stderr.
+
+    It waits on a pipe, whose end is this process's end, however that comes: an exit, an abort, SIGKILL.
+    """
+
+    # `python -I -S`: 15 ms to start, and nothing of jax in it. Signals to the whole group are meant for the others.
+    PROGRAM = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+last = ""
+for line in sys.stdin:
+    last = line.strip()
+if last:
+    os.write(2, ("error: " + last.replace("\\t", "\\n") + "\\n").encode())
+"""
+
+    def __init__(self, text: str):
+        command = [sys.executable, "-I", "-S", "-c", self.PROGRAM]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """What to say from now on; nothing if empty."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a witness that is gone is no reason to stop
+            self._process.stdin.write(text.replace("\n", "\t") + "\n")
+            self._process.stdin.flush()

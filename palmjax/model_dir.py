@@ -1,0 +1,143 @@
+"""MODEL_DIR, the folder of one run: its checkpoints' names, which are whole, and the lock on it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from palmjax.config import ConfigError
+
+PREFIX = "checkpoint_"
+PARTS = ("commit_success.txt", "_CHECKPOINT_METADATA", "info/metadata", "state/_METADATA", "state/manifest.ocdbt")
+"""Files without which a checkpoint is not whole."""
+
+logger = logging.getLogger(__name__)
+
+
+def as_path(path: str | os.PathLike[str]) -> Any:
+    """A pathlib path, or etils' equal of it for gs:// and other remote folders."""
+    if "://" not in str(path):
+        return Path(path).expanduser().absolute()
+    from etils import epath
+
+    return epath.Path(path)
+
+
+def _missing(path: Any) -> str | None:
+    """The first file that a whole checkpoint would have and `path` has not."""
+    return next((part for part in PARTS if not (path / part).exists()), None)
+
+
+def _steps(model_dir: Any) -> list[int]:
+    """Steps of the whole checkpoints in the folder, rising."""
+    if not model_dir.is_dir():
+        return []
+    found = [m for p in model_dir.iterdir() if (m := re.fullmatch(rf"{PREFIX}(\d+)", p.name))]
+    return sorted(int(m[1]) for m in found if _missing(model_dir / m[0]) is None)
+
+
+def newest(model_dir: str | os.PathLike[str]) -> int | None:
+    """The last step of which MODEL_DIR has a whole checkpoint, or None."""
+    return max(_steps(as_path(model_dir)), default=None)
+
+
+def inventory(model_dir: Any) -> str:
+    """What a user can take instead, in words."""
+    steps = _steps(model_dir)
+    if not steps:
+        return f"{model_dir} holds no whole checkpoint"
+    shown = ", ".join(f"{PREFIX}{s}" for s in steps[-5:])
+    return f"{model_dir} holds {'..., ' if len(steps) > 5 else ''}{shown}"
+
+
+def resolve(path: str | os.PathLike[str]) -> str:
+    """The checkpoint folder that `path` means: itself, or the newest whole one if it is a MODEL_DIR.
+
+    Raises ConfigError if there is none, or if it is half written; the text lists what is there.
+    """
+    given = as_path(path)
+    if re.fullmatch(rf"{PREFIX}\d+", given.name):
+        missing = _missing(given)
+        if missing is None:
+            return str(given)
+        if given.is_dir() and (given / "state").is_dir() and not (given / "info").exists():
+            raise ConfigError(f"{given} has no info/: it was not written by palmjax, or lost a part")
+        if given.is_dir() or any(p.name.startswith(f"{given.name}.") for p in _children(given.parent)):
+            detail = f"{missing} is missing" if given.is_dir() else "its save was cut off"
+            raise ConfigError(f"{given} is half written: {detail}; {inventory(given.parent)}")
+        raise ConfigError(f"there is no checkpoint {given}; {inventory(given.parent)}")
+    if not given.is_dir():
+        raise ConfigError(f"there is no folder {given}: expected a {PREFIX}N folder or a MODEL_DIR that holds some")
+    step = newest(given)
+    if step is None:
+        names = sorted(p.name for p in _children(given))
+        raise ConfigError(f"{given} holds no whole checkpoint; it holds {', '.join(names[:8]) or 'nothing'}")
+    return str(given / f"{PREFIX}{step}")
+
+
+def _children(folder: Any) -> list[Any]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+_locked: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _let_go() -> None:
+    for descriptor in _locked:
+        os.close(descriptor)
+
+
+# A forked child that outlives this process must not keep the lock alive through its copy of the descriptor.
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def lock(model_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes MODEL_DIR and holds it for this run, of which only process 0 takes the lock.
+
+    An flock on MODEL_DIR/.lock: the kernel releases it however the process ends. Remote folders (gs://) have none:
+    there a second run is not noticed, and a line in the log says so.
+    Raises ConfigError naming the holder's pid and host.
+    """
+    import jax
+
+    folder = as_path(model_dir)
+    if jax.process_index() != 0 or not isinstance(folder, Path):
+        if jax.process_index() == 0:
+            logger.warning("%s can't be locked: make sure that no other run writes there", folder)
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"MODEL_DIR {folder} can't be used: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(f"MODEL_DIR {folder} can't be locked: {error.strerror}") from error
+            file.seek(0)
+            holder = file.read().strip() or "a process that has not said its name yet"
+            raise ConfigError(
+                f"another run is using {folder}: {holder}; stop it first, or choose another MODEL_DIR"
+            ) from None
+        _locked.add(file.fileno())
+        try:
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
+            yield
+        finally:
+            _locked.discard(file.fileno())

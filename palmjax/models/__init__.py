@@ -1,0 +1,1 @@
+"""Language models as compositions of small configured parts (Flax Linen, a strict subset)."""

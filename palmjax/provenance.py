@@ -1,0 +1,104 @@
+"""What a checkpoint records of its run beside the arrays: enough to go on from it, and to know what made it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import palmjax
+from palmjax.config import ConfigError, section
+from palmjax.data import vocabulary as vocabularies
+from palmjax.data.vocabulary import Vocabulary
+
+FORMAT = 1
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+
+
+@section
+class DataPosition:
+    """Where the data stands: the next step's first row, the row ranges skipped so far, and which data it is."""
+
+    first_row: int
+    skips: tuple[tuple[int, int], ...] = ()
+    fingerprint: str = ""
+
+
+@section
+class RunInfo:
+    """A checkpoint's `info`.
+
+    config: the operative gin text. flat_config: the same as `path -> value` lines. mesh: axis -> devices.
+    code, libraries: versions, as `code_version` and `library_versions` give them.
+    step and arrays (name -> dtype and shape) are those of the saved state; `Checkpointer.save` fills them in.
+    """
+
+    seed: int
+    data: DataPosition
+    config: str
+    flat_config: Mapping[str, str]
+    vocabulary: Vocabulary
+    mesh: Mapping[str, int]
+    code: Mapping[str, str]
+    libraries: Mapping[str, str]
+    step: int = 0
+    arrays: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value from which `from_json` makes an equal RunInfo; the vocabulary's files go in as base64."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("data", "vocabulary")}
+        files = {name: base64.b64encode(content).decode() for name, content in self.vocabulary.files().items()}
+        return {
+            "format": FORMAT,
+            **{name: dict(value) if isinstance(value, Mapping) else value for name, value in out.items()},
+            "data": dataclasses.asdict(self.data),
+            "vocabulary": {
+                "kind": self.vocabulary.to_json(),
+                "files": files,
+                "fingerprint": self.vocabulary.fingerprint,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, text: str) -> RunInfo:
+        """Raises ConfigError if the format is newer than this palmjax; ValueError, KeyError or TypeError if damaged."""
+        value = json.loads(text)
+        if value.pop("format") > FORMAT:
+            raise ConfigError("written by a newer palmjax; update this one")
+        data = value.pop("data")
+        data["skips"] = tuple((int(first), int(last)) for first, last in data["skips"])
+        described = value.pop("vocabulary")
+        files = {name: base64.b64decode(content) for name, content in described["files"].items()}
+        return cls(data=DataPosition(**data), vocabulary=vocabularies.from_json(described["kind"], files), **value)
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """palmjax's version, a digest of its source files and, in a git checkout, the commit."""
+    package = Path(palmjax.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
+    version = {"palmjax": palmjax.__version__, "source": digest.hexdigest()[:16]}
+    if (package.parent / ".git").exists():
+        head = ["git", "-C", str(package.parent), "rev-parse", "--verify", "--quiet", "HEAD"]
+        try:
+            commit = subprocess.run(head, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):  # no git here: the digest alone says what ran
+            commit = ""
+        if commit:
+            version["commit"] = commit
+    return version
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a run's numbers."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}

@@ -1,0 +1,203 @@
+"""The sharding seam: logical axes to mesh axes. Model code names logical axes; nobody else says PartitionSpec.
+
+The mesh is explicit: every array's type carries its sharding, so parameters, gradients and optimizer moments keep their
+layout through `jax.grad` and `lax.scan` with no annotation. Under `activate(mesh, rules)` the functions below place
+their results; with no mesh active they are the plain jnp operations, so the same model runs unsharded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from palmjax.config import ConfigError, ShardingRules
+
+Axes = tuple[str | None, ...]
+"""Logical axis names of an array, one for each dimension; None is never sharded."""
+
+_active_rules: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("sharding_rules", default=None)
+
+
+@contextlib.contextmanager
+def activate(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
+    """Makes `mesh` and `rules` the ones that every function of this module uses inside the block."""
+    token = _active_rules.set(rules)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _active_rules.reset(token)
+
+
+def mesh_axes(rules: ShardingRules, axes: Axes, shape: Sequence[int], sizes: dict[str, int], where: str) -> list:
+    """The mesh axes of each dimension, checked.
+
+    Raises ConfigError if an axis does not divide its dimension (naming both) or if two dimensions claim one mesh axis.
+    """
+    assert len(axes) == len(shape), f"{where}: {len(axes)} logical axes {axes} for an array of shape {tuple(shape)}"
+    out: list[tuple[str, ...]] = []
+    for name, size in zip(axes, shape, strict=True):
+        wanted = () if name is None or size == 1 else getattr(rules, name)
+        unknown = [a for a in wanted if a not in sizes]
+        if unknown:
+            raise ConfigError(f"ShardingRules.{name} names mesh axis {unknown[0]!r}; the mesh has {', '.join(sizes)}")
+        ways = 1
+        for axis in wanted:
+            ways *= sizes[axis]
+        if size % ways:
+            raise ConfigError(
+                f"{where}: dimension {name!r} of size {size} is not divisible by mesh axes "
+                f"{' x '.join(f'{a}={sizes[a]}' for a in wanted)}; change MeshConfig or ShardingRules.{name}"
+            )
+        taken = [a for a in wanted if any(a in earlier for earlier in out)]
+        if taken:
+            raise ConfigError(f"{where}: ShardingRules put mesh axis {taken[0]!r} on two dimensions of {axes}")
+        out.append(tuple(wanted))
+    return out
+
+
+def _as_spec(dims: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*[d[0] if len(d) == 1 else (d or None) for d in dims])
+
+
+def _active_sizes() -> dict[str, int] | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or _active_rules.get() is None else dict(mesh.shape)
+
+
+def _dims(axes: Axes, shape: Sequence[int], where: str) -> list[tuple[str, ...]] | None:
+    """Mesh axes under the active mesh, or None when there is none."""
+    sizes, rules = _active_sizes(), _active_rules.get()
+    if sizes is None or rules is None:
+        return None
+    return mesh_axes(rules, axes, shape, sizes, where)
+
+
+def out_spec(axes: Axes, shape: Sequence[int], where: str = "array") -> PartitionSpec | None:
+    """The active PartitionSpec for an array born with these axes: pass it as `out_sharding=`; None with no mesh."""
+    dims = _dims(axes, shape, where)
+    return None if dims is None else _as_spec(dims)
+
+
+def named(mesh: Mesh, rules: ShardingRules, axes: Axes, shape: Sequence[int], where: str = "array") -> NamedSharding:
+    """The concrete sharding of an array of `shape` with these logical axes on `mesh`."""
+    return NamedSharding(mesh, _as_spec(mesh_axes(rules, axes, shape, dict(mesh.shape), where)))
+
+
+def constrain(x: jax.Array, axes: Axes, where: str = "activation") -> jax.Array:
+    """`x` laid out by its logical axes; moves data only where the layout differs."""
+    spec = out_spec(axes, x.shape, where)
+    return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes) -> jax.Array:
+    """`jnp.einsum` of two operands, computed in `x.dtype`, with the result laid out by the logical axes `out`.
+
+    What each operand must look like follows from `out`: a kept dimension has the result's layout, and a contracted one
+    stays sharded only if both operands agree on it (tensor parallelism's row-wise product). So a weight sharded over
+    `fsdp` is gathered here, in the compute dtype, and its gradient is scattered back by the transpose.
+    """
+    w = w.astype(x.dtype)
+    operands, result = equation.split("->")
+    x_dims, w_dims = operands.split(",")
+    assert len(result) == len(out), f"{equation}: {len(out)} axes {out} for result {result!r}"
+    sizes = dict(zip(x_dims, x.shape, strict=True)) | dict(zip(w_dims, w.shape, strict=True))
+    dims = _dims(out, [sizes[d] for d in result], equation)
+    if dims is None:
+        return jnp.einsum(equation, x, w)
+    of_result = dict(zip(result, dims, strict=True))
+    x_now, w_now = _current(x_dims, x), _current(w_dims, w)
+    contracted = {d: x_now[d] for d in x_dims if d not in of_result and x_now[d] == w_now.get(d)}
+    busy = {axis for axes in contracted.values() for axis in axes}
+
+    def wanted(dim: str) -> tuple[str, ...]:
+        if dim not in of_result:
+            return contracted.get(dim, ())
+        # A mesh axis that is summed over can't shard a kept dimension of the operand too: the sum is scattered to it.
+        return () if busy & set(of_result[dim]) else of_result[dim]
+
+    x = jax.sharding.reshard(x, _as_spec([wanted(d) for d in x_dims]))
+    w = jax.sharding.reshard(w, _as_spec([wanted(d) for d in w_dims]))
+    return jnp.einsum(equation, x, w, out_sharding=_as_spec(dims))
+
+
+def _current(letters: str, x: jax.Array) -> dict[str, tuple[str, ...]]:
+    """Mesh axes of each dimension of a traced or concrete array, by einsum letter."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    spec += (None,) * (len(letters) - len(spec))
+    return {d: (s,) if isinstance(s, str) else tuple(s or ()) for d, s in zip(letters, spec, strict=True)}
+
+
+def take(table: jax.Array, ids: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
+    """Rows `ids` of `table` [rows, width] in `dtype`, laid out by `axes`; the table's rows may stay sharded."""
+    table = table.astype(dtype)
+    if _active_sizes() is None:
+        return table[ids]
+    table = jax.sharding.reshard(table, PartitionSpec(jax.typeof(table).sharding.spec[0], None))
+    return table.at[ids].get(out_sharding=out_spec(axes, (*ids.shape, table.shape[1]), "embedding lookup"))
+
+
+def local(
+    fn: Callable[..., jax.Array], inputs: Sequence[Axes | None], out: Axes, *arrays: jax.Array | None
+) -> jax.Array:
+    """`fn` on each device's own block of `arrays` (`shard_map`), for kernels that know nothing of meshes.
+
+    `inputs[i]` are the logical axes of `arrays[i]`; an array may be None and is then passed on as None. The result has
+    the first array's shape with the logical axes `out`.
+    """
+    present = [(axes, a) for axes, a in zip(inputs, arrays, strict=True) if a is not None and axes is not None]
+
+    def call(*given: jax.Array) -> jax.Array:
+        values = iter(given)
+        return fn(*[None if a is None else next(values) for a in arrays])
+
+    dims = [_dims(axes, a.shape, "kernel operand") for axes, a in present]
+    if _active_sizes() is None:
+        return call(*[a for _, a in present])
+    specs = tuple(_as_spec(d) for d in dims if d is not None)
+    placed = [jax.sharding.reshard(a, s) for (_, a), s in zip(present, specs, strict=True)]
+    shape = present[0][1].shape
+    return jax.shard_map(call, in_specs=specs, out_specs=out_spec(out, shape, "kernel result"))(*placed)
+
+
+def split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[rows, ...] -> [parts, rows/parts, ...] with the rows' sharding kept and no data moved between devices.
+
+    Part m takes every parts-th row (m, m + parts, ...), so that each device splits its own block.
+    """
+    rows = x.shape[0] // parts
+    if _active_sizes() is None:
+        return jnp.moveaxis(x.reshape(rows, parts, *x.shape[1:]), 1, 0)
+    spec = tuple(jax.typeof(x).sharding.spec)
+    spec += (None,) * (x.ndim - len(spec))
+    split = jax.lax.reshape(x, (rows, parts, *x.shape[1:]), out_sharding=PartitionSpec(spec[0], None, *spec[1:]))
+    return jnp.moveaxis(split, 1, 0)
+
+
+def concrete(abstract: Any, mesh: Mesh) -> Any:
+    """ShapeDtypeStructs traced under an active mesh, with their shardings on the concrete `mesh` (scalars
+    replicated).
+    """
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, abstract)
+
+
+def abstract_state(make: Callable[[], Any], mesh: Mesh, rules: ShardingRules) -> Any:
+    """Shapes, dtypes and concrete shardings of what `make()` returns under the mesh, without computing it."""
+    with activate(mesh, rules):
+        return concrete(jax.eval_shape(make), mesh)
+
+
+def text(dims: Sequence[tuple[str, ...]]) -> str:
+    """Mesh axes of each dimension as people read them: `(fsdp, tensor)`, with `-` for a replicated dimension."""
+    return "(" + ", ".join("+".join(d) or "-" for d in dims) + ")"

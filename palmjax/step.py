@@ -1,0 +1,144 @@
+"""The train step: `step(state, batch) -> (state, metrics)`, pure, the only copy. Training runs it, planning compiles
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from palmjax import sharding
+from palmjax.config import Experiment, ShardingRules
+from palmjax.data.batch import Batch
+from palmjax.loss import LossFn, Sums
+from palmjax.optim import global_norm
+from palmjax.state import TrainState, init_state
+
+Metrics = dict[str, jax.Array]
+"""float32 scalars: `loss`, `z_loss` (mean nats a token), `accuracy`, `weight` (tokens), `grad_norm`,
+`learning_rate`.
+"""
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def build_step(
+    loss: LossFn,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    *,
+    microbatches: int = 1,
+    dropout: bool = False,
+) -> Step:
+    """The step of one optimizer update over one batch.
+
+    loss: sums over tokens; the gradient is that of the mean over all the batch's tokens, whatever `microbatches` it is
+    split in.
+    learning_rate: of the step, reported in the metrics. dropout: whether the model needs keys; they depend on (rng,
+    step) only.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if dropout else None
+        gradients, sums = accumulate(loss, state.params, batch, key, microbatches)
+        weight = jnp.maximum(sums["weight"], 1.0)
+        gradients = jax.tree.map(lambda g: g / weight, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {
+            "loss": sums["loss"] / weight,
+            "z_loss": sums["z_loss"] / weight,
+            "accuracy": sums["correct"] / weight,
+            "weight": sums["weight"],
+            "grad_norm": global_norm(gradients),
+            "learning_rate": learning_rate(state.step),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def accumulate(loss: LossFn, params: Any, batch: Batch, key: jax.Array | None, microbatches: int) -> tuple[Any, Sums]:
+    """Gradients of the summed loss and the sums, over the batch in `microbatches` parts, one after the other."""
+    gradient = jax.grad(loss, has_aux=True)
+    if microbatches == 1:
+        return gradient(params, batch, key)
+    parts = jax.tree.map(lambda x: sharding.split_rows(x, microbatches), batch)
+
+    def add(total: tuple[Any, Sums], part: tuple[jax.Array, Batch]) -> tuple[tuple[Any, Sums], None]:
+        index, rows = part
+        one = gradient(params, rows, None if key is None else jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, one), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    rest = jax.tree.map(lambda x: x[1:], parts)
+    start = gradient(params, first, None if key is None else jax.random.fold_in(key, 0))
+    total, _ = jax.lax.scan(add, start, (jnp.arange(1, microbatches), rest))
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An experiment's training on one mesh, real or ahead-of-time: what is compiled, and for which shapes and layouts.
+
+    abstract_state: a TrainState of ShapeDtypeStructs with concrete shardings, as `compile` and a restored checkpoint
+    expect it.
+    """
+
+    model: Any
+    mesh: Mesh
+    rules: ShardingRules
+    step: Step
+    init: Callable[[], TrainState]
+    abstract_state: TrainState
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, every array born with its sharding."""
+        with sharding.activate(self.mesh, self.rules):
+            return jax.jit(self.init)()
+
+    def batch_sharding(self, rows: int, length: int) -> jax.sharding.NamedSharding:
+        """The layout of every field of a batch. Raises ConfigError if the mesh does not divide its rows."""
+        return sharding.named(self.mesh, self.rules, ("batch", "length"), (rows, length), "a batch")
+
+    def lower(self, rows: int, length: int) -> jax.stages.Lowered:
+        """The step lowered for batches of `rows` rows of `length` tokens; the state's memory is reused for the
+        result.
+        """
+        placed = self.batch_sharding(rows, length)
+        ids, weights = (jax.ShapeDtypeStruct((rows, length), t, sharding=placed) for t in (jnp.int32, jnp.float32))
+        batch = Batch(tokens=ids, targets=ids, weights=weights, segments=ids, positions=ids)
+        with sharding.activate(self.mesh, self.rules):
+            return jax.jit(self.step, donate_argnums=0).lower(self.abstract_state, batch)
+
+
+def program(experiment: Experiment, mesh: Mesh) -> Program:
+    """The program of `experiment` on `mesh`. Raises ConfigError if a mesh axis does not divide a dimension."""
+    model = experiment.model.build()
+    optimizer = experiment.optimizer.build(model.axes)
+    step = build_step(
+        experiment.loss.build(model),
+        optimizer,
+        experiment.optimizer.learning_rate,
+        microbatches=experiment.train.microbatches,
+        dropout=experiment.model.dropout > 0,
+    )
+
+    def init() -> TrainState:
+        params_key, step_key = jax.random.split(jax.random.key(experiment.train.seed))
+        return init_state(model.init(params_key), optimizer, step_key)
+
+    return Program(
+        model=model,
+        mesh=mesh,
+        rules=experiment.sharding,
+        step=step,
+        init=init,
+        abstract_state=sharding.abstract_state(init, mesh, experiment.sharding),
+    )

@@ -1,0 +1,28 @@
+"""Eight virtual CPU devices for this process only; a compilation cache that child processes share.
+
+The number of devices is set through jax's configuration, not the environment, so that a process started by a test has
+the devices that its own flags give it. JAX_PLATFORMS in the environment is kept: the suite also runs on an accelerator.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# Before jax is imported. Entries are keyed by program, compiler options and machine, so a stale one is never used.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import hypothesis
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Examples take as long as they take on a shared machine; in CI a failure must come back on the next run.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if "CI" in os.environ else "default")

@@ -1,0 +1,58 @@
+"""The loss against float64: cross-entropy, z-loss and its gradient, weights, accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from palmjax.config import ConfigError
+from palmjax.loss import CrossEntropy, token_losses, token_sums
+from tests.models.builders import random_batch, tiny_palm
+
+
+def test_token_losses_equal_float64_even_for_large_logits():
+    rng = np.random.default_rng(0)
+    logits = (rng.standard_normal((2, 5, 11)) * 40).astype(np.float32)
+    targets = rng.integers(0, 11, (2, 5), dtype=np.int32)
+    loss, log_z, correct = token_losses(jnp.asarray(logits), jnp.asarray(targets))
+    wide = logits.astype(np.float64)
+    want_log_z = np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)) + wide.max(-1)
+    want = want_log_z - np.take_along_axis(wide, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(log_z, want_log_z, rtol=1e-6)
+    np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(correct, wide.argmax(-1) == targets)
+
+
+def test_z_loss_adds_its_own_gradient():
+    """d/dlogits of z * log(Z)^2 is 2 z log(Z) softmax (T5X computes the same by hand)."""
+    logits = jax.random.normal(jax.random.key(0), (1, 3, 7)) * 3
+    batch = jax.tree.map(lambda x: x[:1, :3], random_batch(vocab_size=7))
+
+    def total(logits, z):
+        sums = token_sums(logits, batch)
+        return sums["loss"] + z * sums["log_z_squared"]
+
+    with_z, without = (jax.grad(total)(logits, z) for z in (0.1, 0.0))
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    want = 2 * 0.1 * log_z * jax.nn.softmax(logits) * batch.weights[..., None]
+    np.testing.assert_allclose(with_z - without, want, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_without_weight_count_for_nothing():
+    model = tiny_palm(num_layers=1).build()
+    params, batch = model.init(jax.random.key(0)), random_batch(rows=2)
+    loss = CrossEntropy().build(model)
+    changed = np.where(batch.weights == 0, 5, batch.targets).astype(np.int32)
+    first, second = (loss(params, b)[1] for b in (batch, dataclasses.replace(batch, targets=changed)))
+    for name in first:
+        assert first[name] == second[name], name
+    assert first["weight"] == batch.weights.sum()
+
+
+def test_a_negative_z_loss_is_refused():
+    with pytest.raises(ConfigError, match=r"z_loss = -1"):
+        CrossEntropy(z_loss=-1)
