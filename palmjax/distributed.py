@@ -32,11 +32,13 @@ AUTO = "PALMJAX_DISTRIBUTED"
 """Set to `auto` by launchers on TPU pods and Slurm: addresses and ranks then come from the cluster's environment."""
 
 _LOST = re.compile(
-    r"Gloo .*failed|Connection (closed|reset) by peer|Socket closed|coordination service|CoordinationService|"
-    r"heartbeat|Barrier failed|tasks? (has|have)? ?(crashed|failed|died)|Broken pipe",
+    r"Gloo .*failed|Connection (closed|reset) by peer|Socket closed|coordination.?service|heartbeat|Barrier failed",
     re.IGNORECASE,
 )
-"""What jaxlib 0.10.2 says in a JaxRuntimeError when a peer or the coordinator is gone (gloo's and gRPC's own words)."""
+"""What jaxlib 0.10.2 says when a peer or the coordinator is gone: gloo's and gRPC's own words.
+
+A collective's failure comes as a JaxRuntimeError, or as a ValueError if the call itself waited for it.
+"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,34 +53,40 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def initialize(options: argparse.Namespace) -> bool:
-    """Joins the job that the flags or the environment describe; returns whether there is one.
+def is_wanted(options: argparse.Namespace) -> bool:
+    """Whether the flags or the environment describe a job of several processes.
 
-    Call it before anything asks for devices. Raises ConfigError if the flags contradict each other or if the processes
-    don't find each other in time.
+    Raises ConfigError if the flags contradict each other.
     """
     address, count, index = options.coordinator_address, options.process_count, options.process_index
-    auto = options.multiprocess_gpu or os.environ.get(AUTO) == "auto" or _is_tpu_pod()
-    if (address, count, index) == (None, None, None) and not auto:
+    if options.multiprocess_gpu or os.environ.get(AUTO) == "auto" or _is_tpu_pod():
+        return True
+    if (address, count, index) == (None, None, None):
         return False
-    if not auto:
-        _check_flags(address, count, index)
+    _check_flags(address, count, index)
+    return True
+
+
+def _join(options: argparse.Namespace) -> None:
+    """Meets the other processes, before anything asks for devices. What is not given comes from the cluster."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            address,
-            count,
-            index,
+            options.coordinator_address,
+            options.process_count,
+            options.process_index,
             initialization_timeout=options.initialization_timeout,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
-        reason = str(error).splitlines()[0][:300]
-        raise ConfigError(
-            f"process {'?' if index is None else index} of {count or '?'} could not join the job at "
-            f"{address or 'the address that the cluster gives'} within {options.initialization_timeout} s: {reason}"
-        ) from error
-    return True
+        raise ConfigError(f"{_not_joined(options)} ({str(error).splitlines()[0][:160]})") from error
+
+
+def _not_joined(options: argparse.Namespace) -> str:
+    index, count = options.process_index, options.process_count
+    who = "this process" if index is None or count is None else f"process {index} of {count}"
+    where = options.coordinator_address or "the address that the cluster gives"
+    return f"{who} did not find the others at {where} within {options.initialization_timeout} s: do all of them run?"
 
 
 def _check_flags(address: str | None, count: int | None, index: int | None) -> None:
@@ -125,7 +133,7 @@ def explain(error: BaseException) -> str | None:
     """One or two lines if `error` (or what it came from) means that another process was lost; None otherwise."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, jax.errors.JaxRuntimeError | TimeoutError) and _LOST.search(str(seen)):
+        if isinstance(seen, jax.errors.JaxRuntimeError | TimeoutError | ValueError) and _LOST.search(str(seen)):
             mine, count = jax.process_index(), jax.process_count()
             who = f"process {1 - mine}" if count == 2 else "another process"
             cause = str(seen).splitlines()[0][:160]
@@ -142,11 +150,14 @@ def session(options: argparse.Namespace) -> Iterator[None]:
     others at JAX's shutdown barrier, while they wait for this one in a collective.
     """
     global _witness
-    if not initialize(options):
+    if not is_wanted(options):
         yield
         return
-    _witness = _Witness(_without_a_word())
+    # Before joining: jax 0.10.2 aborts the process if the coordinator doesn't answer in time.
+    _witness = _Witness(_not_joined(options))
     try:
+        _join(options)
+        _witness.tell(_without_a_word())
         yield
     except BaseException as error:
         code = _report(error, _witness)
@@ -164,15 +175,17 @@ def _report(error: BaseException, witness: _Witness) -> int:
         witness.tell(text)  # said after this process's end, so that JAX's own outcry, if it comes, comes before
         return EXIT_PEER_LOST
     witness.tell("")
-    prefix = f"process {jax.process_index()} of {jax.process_count()}"
+    # A client is there exactly if this process joined; before that, asking for the index would start a backend.
+    joined = jax.distributed.is_initialized()
+    prefix = f"process {jax.process_index()} of {jax.process_count()}: " if joined else ""
     match error:
         case SystemExit():
             return error.code if isinstance(error.code, int) else int(error.code is not None)
         case KeyboardInterrupt():
-            print(f"{prefix}: interrupted", file=sys.stderr)
+            print(f"{prefix}interrupted", file=sys.stderr)
             return 130
         case ConfigError():
-            print(f"error: {prefix}: {error}", file=sys.stderr)
+            print(f"error: {prefix}{error}", file=sys.stderr)
             return 2
     traceback.print_exception(error)
     return 1

@@ -65,7 +65,17 @@ def train(
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[-1].rpartition("] ")[2]  # behind SentencePiece's file, line and condition
             raise ConfigError(f"cannot train a vocabulary of {vocab_size} ids: {reason}") from error
-    return SentencePiece(model.getvalue())
+    return SentencePiece(_without_paths(model.getvalue()))
+
+
+def _without_paths(model: bytes) -> bytes:
+    """The model without the names of the temporary rule files, so that equal texts give equal bytes."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]
+    for spec in (proto.normalizer_spec, proto.denormalizer_spec):
+        spec.ClearField("normalization_rule_tsv")
+    return proto.SerializeToString(deterministic=True)
 
 
 def read_texts(patterns: Sequence[str]) -> list[str]:

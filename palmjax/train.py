@@ -169,7 +169,7 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
                 jax.block_until_ready(metrics)
                 clock.mark("step")
                 recorder.message(clock.describe())
-                recorder.event("first step", step=done, **clock.seconds)
+                recorder.event("first step", step=done, seconds=clock.seconds)
             stop = preemption.reached(done)
             if saver.should_save(done) or done == settings.steps or stop:
                 began = time.perf_counter()

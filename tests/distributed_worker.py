@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -119,7 +120,7 @@ def act(event: str) -> None:
             raise KeyError("a bug of ours")
 
 
-def main(argv: list[str] | None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("model_dir")
     parser.add_argument("--steps", type=int, default=20)

@@ -153,7 +153,6 @@ def split(rows: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.ndar
     (Bresenham's line); what it leaves, numbered anew from 0, goes to the others the same way. Among any first G rows
     each of k sources is within 2 + ln k rows of its share, and its rows are numbered 0, 1, 2, ... as they come.
 
-
     rows: int64 [n]. Returns (source, number within the source), int64 [n] each.
     """
     if rows.size and (rows.min() < 0 or rows.max() >= MAX_ROW):

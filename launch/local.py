@@ -1,0 +1,151 @@
+"""Several real jax.distributed processes on this machine.
+
+    python -m launch.local --processes 2 --devices 4 -- train gin/exp/palm_stdlib.gin --gin.MODEL_DIR=runs/two
+
+Each process has its own virtual CPU devices; collectives between processes go over gloo. Every line that a process
+prints is prefixed with its index. SIGTERM and SIGINT go to all. The exit code is that of the first process that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO
+
+from launch import command
+
+GRACE_SECONDS = 60
+"""After one process has failed, the others have this long to leave by themselves."""
+KILL_SECONDS = 10
+"""From SIGTERM to SIGKILL for those that did not."""
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def commands(arguments: Sequence[str], processes: int, port: int) -> list[list[str]]:
+    """Each process's command line. A single process needs no coordinator."""
+    base = command.palmjax(arguments, sys.executable)
+    if processes == 1:
+        return [base]
+    job = [f"--coordinator_address=localhost:{port}", f"--process_count={processes}"]
+    return [[*base, *job, f"--process_index={i}"] for i in range(processes)]
+
+
+def environment(devices: int, platform: str) -> dict[str, str]:
+    """What is added to each process's environment."""
+    added = {"JAX_PLATFORMS": platform, "PYTHONUNBUFFERED": "1"}
+    return added | ({"JAX_NUM_CPU_DEVICES": str(devices)} if platform == "cpu" else {})
+
+
+def _echo(source: IO[str], sink: IO[str], index: int, lock: threading.Lock) -> None:
+    for line in source:
+        with lock:
+            sink.write(f"[{index}] {line if line.endswith(chr(10)) else line + chr(10)}")
+            sink.flush()
+
+
+def _as_exit_code(code: int) -> int:
+    """A shell's number for an end by signal: 128 + signal."""
+    return code if code >= 0 else 128 - code
+
+
+def supervise(lines: Sequence[Sequence[str]], added: dict[str, str]) -> int:
+    """Runs the processes to their end. Returns 0, or the exit code of the first that failed."""
+    # Groups of their own: Ctrl-C reaches them once, forwarded from here.
+    processes = [
+        subprocess.Popen(
+            line,
+            env=os.environ | added,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            process_group=0,
+        )
+        for line in lines
+    ]
+    lock = threading.Lock()
+    echoes = [
+        threading.Thread(target=_echo, args=(source, sink, i, lock), daemon=True)
+        for i, process in enumerate(processes)
+        for source, sink in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+    ]
+    for echo in echoes:
+        echo.start()
+
+    def forward(number: int, _frame: object) -> None:
+        _send(processes, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = _wait(processes)
+        for echo in echoes:
+            echo.join(5)  # a child that it left behind may hold the pipe open
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code
+
+
+def _send(processes: Sequence[subprocess.Popen[str]], number: int) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _wait(processes: Sequence[subprocess.Popen[str]]) -> int:
+    first, failed_at, told = 0, 0.0, 0
+    ended: set[int] = set()
+    while len(ended) < len(processes):
+        for i, process in enumerate(processes):
+            if i not in ended and (code := process.poll()) is not None:
+                ended.add(i)
+                if code and not first:
+                    first, failed_at = _as_exit_code(code), time.monotonic()
+                    if len(ended) < len(processes):
+                        print(f"process {i} ended with exit code {first}; waiting for the others", file=sys.stderr)
+        since = time.monotonic() - failed_at if first else 0.0
+        for rank, (number, after) in enumerate(
+            [(signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS + KILL_SECONDS)], start=1
+        ):
+            if since > after and told < rank:
+                told = rank
+                print(f"still running after {after} s: sending {number.name}", file=sys.stderr)
+                _send(processes, number)
+        time.sleep(0.05)
+    return first
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the first process that failed; 75 means: saved, run the same command again."""
+    parser = argparse.ArgumentParser(prog="python -m launch.local", description="Several processes on this machine.")
+    parser.add_argument("--processes", type=int, default=2, help="processes to start (2)")
+    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each process (1)")
+    parser.add_argument("--platform", default="cpu", help="JAX_PLATFORMS of the processes (cpu)")
+    parser.add_argument("--port", type=int, help="the coordinator's port (a free one)")
+    options, arguments = command.parse(parser, argv)
+    if options.processes < 1 or options.devices < 1:
+        parser.error("--processes and --devices are at least 1")
+    lines = commands(arguments, options.processes, options.port or free_port())
+    added = environment(options.devices, options.platform)
+    if options.dry_run:
+        print("\n".join(command.as_shell(line, added) for line in lines))
+        return 0
+    return supervise(lines, added)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
