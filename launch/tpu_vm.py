@@ -2,8 +2,8 @@
 
     python -m launch.tpu_vm --name my-v4-32 --zone us-central2-b --dir palmjax -- train gin/exp/palm_8b.gin
 
-palmjax must be installed on the hosts (`--setup` gives a command to run first on each). Every host runs the same command;
-they find each other through the TPU's own metadata.
+palmjax must be installed on the hosts (`--setup` gives a command to run first on each). Every host runs the same
+command; they find each other through the TPU's own metadata.
 """
 
 from __future__ import annotations

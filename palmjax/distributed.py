@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import traceback
@@ -70,6 +71,8 @@ def is_wanted(options: argparse.Namespace) -> bool:
 def _join(options: argparse.Namespace) -> None:
     """Meets the other processes, before anything asks for devices. What is not given comes from the cluster."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if options.process_index == 0 and options.coordinator_address:
+        _check_port(int(options.coordinator_address.rsplit(":", 1)[1]))
     try:
         jax.distributed.initialize(
             options.coordinator_address,
@@ -80,6 +83,14 @@ def _join(options: argparse.Namespace) -> None:
         )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
         raise ConfigError(f"{_not_joined(options)} ({str(error).splitlines()[0][:160]})") from error
+
+
+def _check_port(port: int) -> None:
+    """Process 0 will listen there on all addresses; jaxlib 0.10.2 crashes if it can't."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ConfigError(f"--coordinator_address: process 0 can't listen on port {port}: {error.strerror}") from error
 
 
 def _not_joined(options: argparse.Namespace) -> str:

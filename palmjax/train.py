@@ -76,20 +76,18 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
         stack.enter_context(model_dir.lock(folder))
         preemption = stack.enter_context(guard.Preemption())
 
-        # ---- The program: compiled aside while data and state are made ready ----
+        # ---- Data and the program; the step is compiled aside while the state is made ready ----
         placed = mesh.build(experiment.mesh)
         prog = program(experiment, placed)
-        length, ramp = feed.row_length(experiment.train_dataset), feed.ramp_of(experiment.train_dataset.batch_size)
-        for rows in ramp.sizes:
-            _check_batch(prog, rows, length, settings.microbatches)
-        pool = stack.enter_context(ThreadPoolExecutor(1, "palmjax-compile"))
-        steps = Steps(prog, length, ramp.sizes[0], pool)
-
-        # ---- Data ----
         dataset = feed.open_dataset(experiment.train_dataset)
-        heldout = HeldOut.open(experiment, prog.model, placed)
+        length, sizes = dataset.sequence_length, dataset.batch_sizes()
+        for rows in sizes:
+            _check_batch(prog, rows, length, settings.microbatches)
         _check_vocabulary(experiment, dataset)
+        heldout = HeldOut.open(experiment, prog.model, placed)
         clock.mark("data")
+        pool = stack.enter_context(ThreadPoolExecutor(1, "palmjax-compile"))
+        steps = Steps(prog, length, dataset.batch_size(model_dir.newest(folder) or 0), pool)
 
         # ---- State: own checkpoint, initial checkpoint, scratch ----
         from palmjax import checkpoint  # Orbax: half a second that the compiler's thread runs through
@@ -100,13 +98,16 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
         state, first = start.state, int(start.state.step)
         skips = start.info.data.skips if start.info and start.resumed else ()
         clock.mark("state")
+        if first >= settings.steps:
+            print(f"{start.origin} has all of TRAIN_STEPS = {settings.steps}; raise it to go on", file=sys.stderr)
+            return 0
 
         # ---- What a run leaves behind ----
-        sizes = dict(placed.shape)
+        axes = dict(placed.shape)
         cost = account(experiment.model, length)
         if primary:
             _write(folder, "config.gin", description.operative)
-            _write(folder, "model-info.txt", parameter_table(experiment.model, sizes, experiment.sharding))
+            _write(folder, "model-info.txt", parameter_table(experiment.model, axes, experiment.sharding))
         recorder = stack.enter_context(
             Recorder(
                 folder,
@@ -121,7 +122,7 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
         for line in (f"{cost.parameters:,} parameters on {_mesh_text(placed)}", dataset.describe()):
             recorder.message(line)
         recorder.message(f"from {start.origin}, step {first}")
-        recorder.event("start", step=first, origin=start.origin, mesh=sizes, code=provenance.code_version())
+        recorder.event("start", step=first, origin=start.origin, mesh=axes, code=provenance.code_version())
         for change in _changes(start.info, description) if start.resumed else ():
             recorder.message(f"changed since the checkpoint: {change}")
 
@@ -135,7 +136,7 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
                 config=description.operative,
                 flat_config=description.flat,
                 vocabulary=dataset.vocabulary,
-                mesh=sizes,
+                mesh=axes,
                 code=provenance.code_version(),
                 libraries=provenance.library_versions(),
             )
@@ -150,7 +151,7 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
 
         # ---- The loop ----
         batches = stack.enter_context(
-            feed.Feed(dataset, prog.batch_sharding(ramp.sizes[0], length), first, settings.steps, skips)
+            feed.Feed(dataset, prog.batch_sharding(sizes[0], length), first, settings.steps, skips)
         )
         compiled = steps[dataset.batch_size(first)]
         clock.mark("compile")

@@ -118,10 +118,10 @@ def splits_of(
 def shards(files: Sequence[str]) -> list[list[str]]:
     """Files in order, grouped in shards of about SHARD_BYTES; a remote file is a shard of its own."""
     groups: list[list[str]] = []
-    filled = SHARD_BYTES
+    filled = 0
     for path in files:
         size = SHARD_BYTES if is_remote(path) else os.path.getsize(path)
-        if filled + size > SHARD_BYTES:
+        if not groups or filled + size > SHARD_BYTES:
             groups.append([])
             filled = 0
         groups[-1].append(path)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -46,17 +44,16 @@ class JsonLines:
 
 def _read(path: str, key: str, inputs_key: str | None) -> Iterator[documents.Document]:
     keys = {"targets": key} | ({"inputs": inputs_key} if inputs_key else {})
-    with _opened(path) as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            where = f"{path}, line {number},"
-            text = documents.decode_text(line, where)
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{where} is not JSON: {error}") from None
-            yield {feature: _text(record, field, where) for feature, field in keys.items()}
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}, line {number},"
+        text = documents.decode_text(line, where)
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+        yield {feature: _text(record, field, where) for feature, field in keys.items()}
 
 
 def _text(record: Any, key: str, where: str) -> str:
@@ -69,28 +66,46 @@ def _text(record: Any, key: str, where: str) -> str:
     return record[key]
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
-    with documents.open_bytes(path) as file:
-        if path.endswith(".gz"):
-            yield gzip.GzipFile(fileobj=file)  # pyright: ignore[reportReturnType]
-        elif path.endswith(".zst"):
-            try:
-                import zstandard
-            except ImportError as error:
-                raise ValueError(f"{path} needs the package zstandard: pip install zstandard") from error
-            yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))  # pyright: ignore
-        else:
-            yield file
-
-
-def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
+def _lines(path: str) -> Iterator[bytes]:
     """The file's lines. Raises ValueError, naming the file, if its compression is broken or cut off."""
-    try:
-        yield from file
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be decompressed: {error}") from error
-    except Exception as error:  # zstandard raises its own kind, which must not be imported for other files
-        if type(error).__module__.startswith("zstandard"):
+    with documents.open_bytes(path) as file:
+        try:
+            if path.endswith(".gz"):
+                yield from gzip.GzipFile(fileobj=file)  # pyright: ignore[reportArgumentType]
+            elif path.endswith(".zst"):
+                yield from _split_lines(_zstandard(file))
+            else:
+                yield from file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} cannot be decompressed: {error}") from error
-        raise
+
+
+def _zstandard(file: IO[bytes]) -> Iterator[bytes]:
+    """The decompressed bytes of one or more frames. Raises EOFError for broken frames and for one that is cut off.
+
+    (The stream reader of zstandard 0.25 takes a file that is cut off for one that ends there.)
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise EOFError("that needs a package: pip install zstandard") from error
+    frame, rest = None, b""
+    while data := rest or file.read(1 << 20):
+        frame, rest = frame or zstandard.ZstdDecompressor().decompressobj(), b""
+        try:
+            yield frame.decompress(data)
+        except zstandard.ZstdError as error:
+            raise EOFError(str(error)) from error
+        if frame.eof:
+            frame, rest = None, frame.unused_data
+    if frame is not None:
+        raise EOFError("the file is cut off")
+
+
+def _split_lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest

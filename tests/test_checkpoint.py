@@ -158,6 +158,7 @@ def test_info_comes_back_equal(tmp_path: Path) -> None:
     assert len(back.code["source"]) == 16 and back.libraries["jax"] == jax.__version__
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax abandons
 def test_parameters_are_read_without_the_optimizer(saved: Path, tmp_path: Path) -> None:
     """Evaluation needs no optimizer: its arrays may even be gone from the disk."""
     state = make_state(mesh(2, 2))
@@ -270,6 +271,7 @@ def test_a_damaged_info_is_refused(saved: Path, tmp_path: Path) -> None:
             checkpoint.read_info(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax abandons
 def test_a_truncated_array_file_is_refused(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     largest = max((tmp_path / "checkpoint_3").rglob("d/*"), key=lambda f: f.stat().st_size)

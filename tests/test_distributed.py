@@ -75,6 +75,7 @@ def job(folder: Path, processes: int, devices: int, *options: str) -> list[Ended
     return finish(folder, launch(folder, processes, devices, *options))
 
 
+@pytest.mark.slow
 def test_checkpoints_cross_process_counts(tmp_path: Path) -> None:
     """2 processes of 2 devices save, 1 of 4 restores and saves, 2 restore; each compares every parameter's bits."""
     two = job(tmp_path, 2, 2, "--steps=10")
@@ -86,6 +87,7 @@ def test_checkpoints_cross_process_counts(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("checkpoint_*")) == ["checkpoint_20", "checkpoint_30"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_stops_the_other_with_a_message(tmp_path: Path, victim: int) -> None:
     """Killed in the middle of steps, the coordinator and a worker; the restarted job goes on from the checkpoint."""
@@ -169,6 +171,25 @@ def test_processes_that_do_not_find_each_other_say_so(tmp_path: Path) -> None:
     )
     assert run.returncode != 0, run
     assert "error: process 1 of 2 did not find the others at localhost:" in run.stderr.strip().splitlines()[-1]
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        options = [
+            f"--coordinator_address=localhost:{taken.getsockname()[1]}",
+            "--process_count=2",
+            "--process_index=0",
+        ]
+        run = subprocess.run(
+            [sys.executable, str(WORKER), str(tmp_path), *options],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert run.returncode == 2, run
+    assert run.stderr.startswith("error: --coordinator_address: process 0 can't listen on port"), run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
 
 
 # --- without processes --------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ DOCUMENTS = [
 MASKED = (2, 5, 7)  # part 2: 7 tokens of document 5 have weight 0
 
 
-def write(path: Path, vocabulary: Vocabulary = VOCABULARY) -> TokenStore:
+def write(path: Path | str, vocabulary: Vocabulary = VOCABULARY) -> TokenStore:
     folder = Folder(str(path))
     records = []
     for part, documents in enumerate(DOCUMENTS):
@@ -100,6 +100,19 @@ def test_tokens_are_as_narrow_as_the_vocabulary_allows() -> None:
 def test_equal_contents_have_equal_fingerprints(path: Path, store: TokenStore, tmp_path: Path) -> None:
     assert write(tmp_path / "same").fingerprint == store.fingerprint
     assert write(tmp_path / "other", Bytes()).fingerprint != store.fingerprint
+
+
+def test_a_store_may_lie_at_a_url(tmp_path: Path, path: Path, store: TokenStore) -> None:
+    """As one in a bucket does; file:// goes the same way through TensorStore as gs://."""
+    url = f"file://{tmp_path}/bucket"
+    assert not Folder(url).is_local
+    remote = write(url)
+    assert remote.path == url and remote.fingerprint == store.fingerprint
+    assert remote.read(np.array([5]), np.array([50]), 45)[0].tolist() == [STREAM[5:50].tolist()]
+    remote.verify()
+    (tmp_path / "bucket/part-00000/documents/c/0").unlink()
+    with pytest.raises(ConfigError, match="bucket/part-00000/documents/c/0 is damaged: it is missing"):
+        TokenStore(url)
 
 
 FILES = [
