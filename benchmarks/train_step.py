@@ -76,7 +76,8 @@ def plain(shape: plain_palm.Shape) -> Callable[[], Any]:
 
 def compare(name: str, a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> None:
     """Times a and b in turn and prints medians and the ratio b/a of wall time, pair by pair."""
-    timed(a), timed(b)
+    for call in (a, b):
+        timed(call)
     # Which of a pair goes first alternates, so that neither always runs on the other's warm caches.
     rows = [(timed(a), timed(b)) if i % 2 else (timed(b), timed(a))[::-1] for i in range(pairs)]
     wall = [(x[0], y[0]) for x, y in rows]

@@ -6,11 +6,15 @@ so what it gets does not depend on which other prompts share its batch.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
+import json
 import math
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,71 +23,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from palmjax import sharding
-from palmjax.config import ConfigError, Part, ShardingRules, section
+from palmjax.config import ConfigError, ShardingRules
+from palmjax.data.vocabulary import Vocabulary
 from palmjax.loss import token_losses
 from palmjax.models.api import Cache, LanguageModel
+from palmjax.sampling import Choose, Greedy, SamplingPart, Temperature
 
-BOS = 0
 SMALLEST_BUCKET = 16
-
-# --- sampling as values --------------------------------------------------------------------------------------------
-
-
-class SamplingPart(Part):
-    """How the next token is chosen. `build()` returns (logits float32 [V], key) -> int32 []."""
-
-    def build(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        raise NotImplementedError
-
-
-@section
-class Greedy(SamplingPart):
-    """The most probable token; of equals the one with the lowest id."""
-
-    def build(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        return lambda logits, key: jnp.argmax(logits).astype(jnp.int32)
-
-
-@section
-class Temperature(SamplingPart):
-    """A token drawn from softmax(logits / temperature), cut to its most probable tokens.
-
-    top_k: the k most probable (Fan et al. 2018). top_p: the fewest whose probabilities, after the temperature and
-    top_k, sum to at least top_p (nucleus sampling, Holtzman et al. 2020). None cuts nothing. Tokens as probable as the
-    last one kept are kept too.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ConfigError(f"temperature = {self.temperature}: must be above 0; Greedy() is the limit at 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k = {self.top_k}: must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p = {self.top_p}: must be above 0 and at most 1")
-
-    def build(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        return lambda logits, key: jax.random.categorical(key, self.kept(logits)).astype(jnp.int32)
-
-    def kept(self, logits: jax.Array) -> jax.Array:
-        """logits / temperature, float32 [V], with -inf for what is cut away."""
-        logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[0]:
-            last = jax.lax.top_k(logits, self.top_k)[0][-1]
-            logits = jnp.where(logits >= last, logits, -jnp.inf)
-        if self.top_p is not None:
-            falling = jnp.sort(logits, descending=True)
-            probabilities = jax.nn.softmax(falling)
-            before = jnp.cumsum(probabilities) - probabilities
-            last = jnp.min(jnp.where(before < self.top_p, falling, jnp.inf))
-            logits = jnp.where(logits >= last, logits, -jnp.inf)
-        return logits
-
-
-# --- decoding ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +59,10 @@ def generate(
 ) -> list[Continuation]:
     """Continues each prompt by at most `max_new_tokens` tokens, all prompts in one batch.
 
-    prompts: token ids without BOS, which is put before each; an empty prompt is BOS alone. sampling: Greedy() by
-    default.
-    seed, requests: row i draws from the key of (seed, requests[i], position); requests are 0, 1, ... by default.
+    prompts: token ids without BOS, which is put before each; an empty prompt is BOS alone. None is ever cut: rotary
+    positions go on beyond the length of training. sampling: Greedy() by default.
+    seed, requests: row i draws from the key of (seed, requests[i], position); requests are 0, 1, ... by default. So the
+    continuation of a prompt with its first tokens of continuation is the rest of the same continuation.
     stop: the id that ends a row (EOS), or None. mesh, rules: where `params` lie; None for one device. All processes of
     a job call it together with equal arguments.
 
@@ -153,9 +100,7 @@ def generate(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """The carry of the loop over tokens; B rows, `count` tokens chosen so far, the last of which is not in the cache
-    yet.
-    """
+    """The carry of the loop over tokens: B rows, `count` tokens chosen; the last of them is not in the cache yet."""
 
     cache: Cache
     tokens: jax.Array  # int32 [B, new_length]
@@ -211,24 +156,24 @@ def _decode(
     begin = _State(cache, empty(jnp.int32), empty(jnp.float32), done, jnp.int32(0))
     state = record(logits, _grown(cache, length + new_length), begin)
     state = jax.lax.while_loop(lambda state: (state.count < limit) & ~jnp.all(state.done), step, state)
-    whole = (sharding.constrain(x, (None, None)) for x in (state.tokens, state.log_probs))
-    return *whole, state.count
+    chosen, log_probs = (sharding.constrain(x, (None, None)) for x in (state.tokens, state.log_probs))
+    return chosen, log_probs, state.count
 
 
 def _choose(
-    pick: Callable[[jax.Array, jax.Array], jax.Array],
+    pick: Choose,
     key: jax.Array,
     requests: jax.Array,
     positions: jax.Array,
     logits: jax.Array,
 ) -> jax.Array:
-    """The next token of each row, int32 [B]; each row's key is that of (request, position), on the device that has the
-    row.
-    """
+    """The next token of each row, int32 [B], chosen where the row lies, with the key of (request, position)."""
 
     def rows(positions: jax.Array, requests: jax.Array, logits: jax.Array, key: jax.Array) -> jax.Array:
         def one(position: jax.Array, request: jax.Array, logits: jax.Array) -> jax.Array:
-            return pick(logits, jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), request), position))
+            return pick(
+                logits, jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), request), position)
+            )
 
         return jax.vmap(one)(positions, requests, logits)
 
@@ -237,9 +182,7 @@ def _choose(
 
 
 def _in_compute_dtype(model: LanguageModel, params: Any) -> Any:
-    """Matrices in the dtype in which every product takes them, once and not once a token; norm scales stay as they
-    are.
-    """
+    """Matrices in the dtype in which every product takes them, once and not once a token. Norm scales stay float32."""
 
     def cast(leaf: jax.Array, axes: sharding.Axes) -> jax.Array:
         is_matrix = sum(axis != "layers" for axis in axes) > 1
@@ -294,3 +237,151 @@ def _cut(tokens: np.ndarray, log_probs: np.ndarray, stop: int | None) -> Continu
     ends = np.flatnonzero(tokens == stop) if stop is not None else np.zeros(0, int)
     count = int(ends[0]) + 1 if ends.size else len(tokens)
     return Continuation(tokens=tokens[:count], log_probs=log_probs[:count], finished=bool(ends.size))
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+def continuation_text(vocabulary: Vocabulary, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of `tokens` behind `prompt`. A piece's space, or half a character, needs what precedes it."""
+    before, whole = vocabulary.decode(prompt), vocabulary.decode([*prompt, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else vocabulary.decode(tokens)
+
+
+def _encode(vocabulary: Vocabulary, text: str) -> list[int]:
+    try:
+        return vocabulary.encode(text)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt {text[:40]!a} is not UTF-8 text") from error
+
+
+def _read_prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, then those of files, one a file, as they are."""
+    prompts: list[str] = list(options.prompt or ())
+    for name in options.prompt_file or ():
+        try:
+            if name == "-":
+                prompts.append(sys.stdin.read())
+            else:
+                with open(name, encoding="utf-8", newline="") as file:
+                    prompts.append(file.read())
+        except OSError as error:
+            raise ConfigError(f"--prompt_file={name} can't be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--prompt_file={name} is not UTF-8 text: {error}") from error
+    if not prompts:
+        raise ConfigError("no prompt: give --prompt TEXT or --prompt_file FILE, each as often as you like")
+    return prompts
+
+
+def _sampling(options: argparse.Namespace) -> SamplingPart:
+    if options.temperature:
+        return Temperature(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    if options.top_k is not None or options.top_p is not None:
+        raise ConfigError("--top_k and --top_p cut what is drawn from: add --temperature 1, since 0 draws nothing")
+    return Greedy()
+
+
+def _flags() -> argparse.ArgumentParser:
+    from palmjax import configure, distributed
+
+    parser = argparse.ArgumentParser(
+        prog="palmjax generate",
+        description="Continue prompts with a checkpoint, on any mesh. No prompt is cut, however long; "
+        "a note says so when prompt and continuation pass the length of training.",
+        epilog=configure.USAGE
+        + "\nexample: palmjax generate --checkpoint runs/first --prompt 'def ' --temperature 0.8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint_N folder, or a MODEL_DIR: its newest")
+    add("--prompt", action="append", metavar="TEXT", help="text to continue; repeatable, all go in one batch")
+    add("--prompt_file", action="append", metavar="FILE", help="a file with a prompt, taken as it is; - for stdin")
+    add("--max_new_tokens", type=int, default=128, metavar="N", help="tokens a prompt at most (128)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
+    add("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
+    add("--top_p", type=float, metavar="P", help="draw from the fewest tokens of total probability P")
+    add("--seed", type=int, default=0, metavar="S", help="of the draws (0)")
+    add(
+        "--json", action="store_true", help="a line of JSON a prompt: prompt, continuation, tokens, log_probs, finished"
+    )
+    distributed.add_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`palmjax generate --checkpoint DIR --prompt TEXT [...]`: prints each prompt with its continuation."""
+    from palmjax import checkpoint, configure, distributed, model_dir, trained
+    from palmjax.data import feed
+
+    flags, rest = configure.parse_flags(sys.argv[1:] if argv is None else argv)
+    options = _flags().parse_args(rest)
+    texts, sampling = _read_prompts(options), _sampling(options)
+    with distributed.session(options):
+        path = model_dir.resolve(options.checkpoint)
+        info = checkpoint.read_info(path)
+        prompts = [_encode(info.vocabulary, text) for text in texts]
+        with trained.config_file(path, info) as file:
+            experiment = configure.load([file, *flags.files], flags.bindings, flags.search_paths).experiment
+        trained.enable_compilation_cache(experiment.train.compilation_cache)
+        opened = trained.open_checkpoint(path, info, experiment)
+        params = opened.params()
+        began = time.perf_counter()
+        found = generate(
+            opened.model,
+            params,
+            prompts,
+            options.max_new_tokens,
+            sampling=sampling,
+            seed=options.seed,
+            stop=info.vocabulary.eos_id,
+            mesh=opened.mesh,
+            rules=experiment.sharding,
+        )
+        if jax.process_index() == 0:
+            seconds, trained_on = time.perf_counter() - began, feed.row_length(experiment.train_dataset)
+            _print(info.vocabulary, texts, prompts, found, as_json=options.json)
+            _print_notes(prompts, found, seconds, trained_on)
+    return 0
+
+
+def _print(
+    vocabulary: Vocabulary,
+    texts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    found: Sequence[Continuation],
+    *,
+    as_json: bool,
+) -> None:
+    for number, (text, prompt, one) in enumerate(zip(texts, prompts, found, strict=True), 1):
+        tokens = one.tokens.tolist()
+        continuation = continuation_text(vocabulary, prompt, tokens)
+        if as_json:
+            record = {"prompt": text, "continuation": continuation, "tokens": tokens}
+            print(json.dumps({**record, "log_probs": one.log_probs.tolist(), "finished": one.finished}))
+        else:
+            if len(texts) > 1:
+                print(f"--- prompt {number} of {len(texts)} ---")
+            print(text + continuation)
+    sys.stdout.flush()
+
+
+def _print_notes(
+    prompts: Sequence[Sequence[int]], found: Sequence[Continuation], seconds: float, trained_on: int
+) -> None:
+    """On standard error: how fast it went, and which rows passed the length of training."""
+    tokens = sum(len(one.tokens) for one in found)
+    print(f"{tokens:,} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    longest = max(1 + len(prompt) + len(one.tokens) for prompt, one in zip(prompts, found, strict=True))
+    if longest > trained_on:
+        print(
+            f"note: {longest:,} tokens in a row, and the model was trained on rows of {trained_on:,}; nothing was cut, "
+            "but text beyond that length may be poor",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    from palmjax.cli import run_main
+
+    raise SystemExit(run_main(main))

@@ -4,8 +4,7 @@ exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,13 @@ Sums = dict[str, jax.Array]
 count).
 """
 
-LossFn = Callable[[Any, Batch, jax.Array | None], tuple[jax.Array, Sums]]
-"""(params, batch, dropout key) -> (the sum to differentiate, sums)."""
+
+class LossFn(Protocol):
+    """The loss of one model."""
+
+    def __call__(self, params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
+        """(the sum over tokens to differentiate, the sums to report). No key, no dropout."""
+        ...
 
 
 @section

@@ -29,6 +29,7 @@ from palmjax.data.vocabulary import Vocabulary  # noqa: E402
 from palmjax.evaluation.heldout import HeldOut  # noqa: E402
 from palmjax.metrics import Recorder, Throughput  # noqa: E402
 from palmjax.models.account import account, parameter_table  # noqa: E402
+from palmjax.models.api import LanguageModel  # noqa: E402
 from palmjax.state import TrainState  # noqa: E402
 from palmjax.step import Program, Step, program  # noqa: E402
 
@@ -83,7 +84,7 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
         length, sizes = dataset.sequence_length, dataset.batch_sizes()
         for rows in sizes:
             _check_batch(prog, rows, length, settings.microbatches)
-        _check_vocabulary(experiment, dataset)
+        _check_vocabulary(prog.model, dataset)
         heldout = HeldOut.open(experiment, prog.model, placed)
         clock.mark("data")
         pool = stack.enter_context(ThreadPoolExecutor(1, "palmjax-compile"))
@@ -104,10 +105,10 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
 
         # ---- What a run leaves behind ----
         axes = dict(placed.shape)
-        cost = account(experiment.model, length)
+        cost = account(prog.model.config, length)
         if primary:
             _write(folder, "config.gin", description.operative)
-            _write(folder, "model-info.txt", parameter_table(experiment.model, axes, experiment.sharding))
+            _write(folder, "model-info.txt", parameter_table(prog.model.config, axes, experiment.sharding))
         recorder = stack.enter_context(
             Recorder(
                 folder,
@@ -202,10 +203,10 @@ def _check_batch(prog: Program, rows: int, length: int, microbatches: int) -> No
     prog.batch_sharding(rows // microbatches, length)
 
 
-def _check_vocabulary(experiment: Experiment, dataset: feed.Dataset) -> None:
-    ids = experiment.model.vocab_size
+def _check_vocabulary(model: LanguageModel, dataset: feed.Dataset) -> None:
+    ids = model.config.vocab_size
     if dataset.vocabulary.size > ids:
-        task, size = experiment.train_dataset.mixture_or_task_name, dataset.vocabulary.size
+        task, size = dataset.config.mixture_or_task_name, dataset.vocabulary.size
         raise ConfigError(f"task {task!r} has {size:,} ids and the model only {ids:,}; set VOCAB_SIZE={size}")
 
 

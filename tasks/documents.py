@@ -25,13 +25,21 @@ Reader = Callable[[str], Iterator[Document]]
 """The documents of one file."""
 
 
-def find_files(patterns: Sequence[str]) -> list[str]:
+Patterns = str | tuple[str, ...]
+"""One pattern of file names, or several."""
+
+
+def listed(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def find_files(patterns: Patterns) -> list[str]:
     """Files that the patterns (`*`, `?`, `**`; gs:// too) match, sorted, each once.
 
     Raises FileNotFoundError for a pattern that matches none.
     """
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in listed(patterns):
         matches = (
             _remote_glob(pattern) if is_remote(pattern) else glob.glob(os.path.expanduser(pattern), recursive=True)
         )
@@ -60,9 +68,10 @@ def _remote_glob(pattern: str) -> list[str]:
     return tf.io.gfile.glob(pattern)
 
 
-def file_state(patterns: Sequence[str]) -> list[Any]:
+def file_state(*groups: Patterns) -> list[Any]:
     """Path, size and time of change of every file; of remote patterns the pattern only: looking needs TensorFlow."""
-    local = [pattern for pattern in patterns if not is_remote(pattern)]
+    patterns = [pattern for group in groups for pattern in listed(group)]
+    local = tuple(pattern for pattern in patterns if not is_remote(pattern))
     states = [(path, os.stat(path)) for path in find_files(local)]
     return [
         *([path, state.st_size, state.st_mtime_ns] for path, state in states),

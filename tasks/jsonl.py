@@ -23,15 +23,15 @@ class JsonLines:
     """
 
     name: str
-    paths: tuple[str, ...]
-    validation_paths: tuple[str, ...] = ()
+    paths: documents.Patterns
+    validation_paths: documents.Patterns = ()
     validation_share: float = 0.01
     key: str = "text"
     inputs_key: str | None = None
     sentencepiece_model: str | None = None
 
     def content_key(self) -> str:
-        files = documents.file_state((*self.paths, *self.validation_paths))
+        files = documents.file_state(self.paths, self.validation_paths)
         return documents.digest([files, documents.model_state(self.sentencepiece_model)])
 
     def build(self) -> str:

@@ -12,20 +12,20 @@ from tasks import documents
 class TextFiles:
     """UTF-8 text files, a document each, or a document each line.
 
-    paths: patterns, such as ("/data/books/**/*.txt",). validation_paths: patterns of the split `validation`; without
-    them `validation_share` of the documents is held out by a hash of their content (0: there is no such split).
+    paths: a pattern, such as "/data/books/**/*.txt", or several. validation_paths: those of the split `validation`;
+    without them `validation_share` of the documents is held out by a hash of their content (0: there is no such split).
     lines: every line that is not empty is a document. sentencepiece_model: path of a model; None: bytes.
     """
 
     name: str
-    paths: tuple[str, ...]
-    validation_paths: tuple[str, ...] = ()
+    paths: documents.Patterns
+    validation_paths: documents.Patterns = ()
     validation_share: float = 0.01
     lines: bool = False
     sentencepiece_model: str | None = None
 
     def content_key(self) -> str:
-        files = documents.file_state((*self.paths, *self.validation_paths))
+        files = documents.file_state(self.paths, self.validation_paths)
         return documents.digest([files, documents.model_state(self.sentencepiece_model)])
 
     def build(self) -> str:

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     {"config", "chips"},
     {"mesh", "sharding", "distributed", "model_dir", "pallas_kernels"},
-    {"models", "data", "loss", "optim"},
+    {"models", "data", "loss", "optim", "sampling"},
     {"state", "metrics", "provenance"},
     {"step", "checkpoint", "guard"},
+    {"trained"},
     {"decode", "tokenizer"},
     {"evaluation", "plan"},
     {"train"},

@@ -408,22 +408,6 @@ def test_a_folder_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
         Checkpointer(str(tmp_path / "file" / "run"), SaveCheckpointConfig())
 
 
-def test_save_returns_soon(tmp_path: Path) -> None:
-    """30 MB: the copy to the host is what blocks (8 ms measured on one core), not the writing (60 ms)."""
-    w = {f"w{i}": jax.random.normal(jax.random.key(i), (1024, 1024)) for i in range(8)}
-    state = TrainState(step=jnp.zeros((), jnp.int32), params=w, opt_state=(), rng=jnp.zeros(2, jnp.uint32))
-    jax.block_until_ready(w)
-    saver = Checkpointer(str(tmp_path), SaveCheckpointConfig(keep=1))
-    blocked = []
-    for step in range(5):
-        saver.wait()
-        begun = time.perf_counter()
-        saver.save(step, state, info())
-        blocked.append(time.perf_counter() - begun)
-    saver.close()
-    assert min(blocked) < 0.05, blocked
-
-
 def test_json_on_disk_is_readable_by_hand(saved: Path) -> None:
     value = json.loads((saved / "checkpoint_3" / "info" / "metadata").read_text())
     assert value["format"] == 1 and value["step"] == 3 and value["data"]["first_row"] == 96

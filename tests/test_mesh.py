@@ -18,7 +18,7 @@ class FakeTpu:
     """What mesh construction reads of a TPU device."""
 
     id: int
-    coords: tuple[int, int, int]
+    coords: tuple[int, ...]
     device_kind: str
     slice_index: int = 0
     platform: str = "tpu"

@@ -1,5 +1,5 @@
 """Attention of a few new tokens against a key/value cache: `decode_attention`."""
 
-from pallas_kernels.decode_attention.api import decode_attention
+from pallas_kernels.decode_attention.api import decode_attention, explain
 
-__all__ = ["decode_attention"]
+__all__ = ["decode_attention", "explain"]

@@ -1,12 +1,24 @@
-"""Attention of new tokens against a cache: the meaning, and the XLA implementation."""
+"""Attention of new tokens against a cache: one op, implementations chosen loudly."""
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.attention import reference
 from pallas_kernels.attention.masks import Mask
+from pallas_kernels.decode_attention import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.decode_attention, "reference": reference.decode_attention}
+
+
+def explain(impl: str = "auto") -> str:
+    """The name of the implementation that `decode_attention(impl=...)` runs. Raises ValueError for an unknown one."""
+    if impl == "auto":
+        return "xla"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"decode_attention: unknown implementation {impl!r}; there is auto, {', '.join(IMPLEMENTATIONS)}"
+        )
+    return impl
 
 
 def decode_attention(
@@ -14,14 +26,24 @@ def decode_attention(
     k: jax.Array,
     v: jax.Array,
     positions: jax.Array,
+    layer: jax.Array | int = 0,
     *,
     mask: Mask,
     scale: float | None = None,
+    impl: str = "auto",
 ) -> jax.Array:
-    """New queries against cached keys; entry j of a row's cache is its token at position j.
+    """New queries against the cached keys of one layer; entry j of a row's cache is its token at position j.
 
-    q: [B, Q, H, D]; k, v: [B, S, K, D], entries beyond a row's own position are ignored; positions: int32 [B, Q];
-    scale: of the scores, 1/sqrt(D) by default. Returns [B, Q, H, D] in q's dtype.
+    q: [B, Q, H, D]; k, v: [L, B, S, K, D], the caches of all layers, of which `layer` is read, with K dividing H;
+    entries beyond a row's own position are ignored; positions: int32 [B, Q]; scale: of the scores, 1/sqrt(D) by
+    default. Returns [B, Q, H, D] in q's dtype; the softmax is float32. Raises ValueError for shapes that do not fit or
+    an unknown `impl`.
     """
-    seen = mask.allowed(positions[:, :, None], jnp.arange(k.shape[1])[None, None, :])
-    return reference.masked_softmax_attention(q, k, v, seen, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    fits = k.shape == v.shape and k.ndim == 5 and q.shape[0] == k.shape[1] and q.shape[3] == k.shape[4]
+    if not fits or q.shape[2] % k.shape[3] or positions.shape != q.shape[:2]:
+        raise ValueError(
+            f"decode_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}, positions {positions.shape}; "
+            "need [B,Q,H,D], [L,B,S,K,D] twice with K dividing H, [B,Q]"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[explain(impl)](q, k, v, positions, layer, mask=mask, scale=scale)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,11 +32,11 @@ class Batch:
     positions: int32, counted from each segment's start; 0 on padding.
     """
 
-    tokens: jax.typing.ArrayLike
-    targets: jax.typing.ArrayLike
-    weights: jax.typing.ArrayLike
-    segments: jax.typing.ArrayLike
-    positions: jax.typing.ArrayLike
+    tokens: Any
+    targets: Any
+    weights: Any
+    segments: Any
+    positions: Any
 
 
 class RowLayout(abc.ABC):

@@ -16,6 +16,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -56,10 +57,11 @@ def build_stores(config: DatasetConfig) -> list[Source]:
     """
     sources, jobs = plan(config)
     for job in jobs:
-        with _locked(job.path):
+        with _storage_errors(job.path), _locked(job.path):
             if not is_complete(job.path):
                 _build_store(job, config.workers)
-    index.save(config, sources)
+    with _storage_errors(config.store_dir):
+        index.save(config, sources)
     return sources
 
 
@@ -195,6 +197,21 @@ def _build_store(job: StoreJob, num_workers: int) -> None:
         for finished, _ in enumerate(workers.each_part(run, missing, num_workers, progress.add), start=done + 1):
             progress.parts(finished, job.num_parts)
     publish(job)
+
+
+@contextlib.contextmanager
+def _storage_errors(path: str) -> Iterator[None]:
+    """Makes a full or forbidden disk a ConfigError. TensorStore's errors are ValueErrors that begin with a code."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not re.match("[A-Z_]+: ", str(error)):
+            raise
+        raise ConfigError(
+            f"cannot write the token store {path}: {_first_line(error)}\nThe next start goes on from there."
+        ) from error
 
 
 @contextlib.contextmanager

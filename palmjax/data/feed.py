@@ -10,6 +10,7 @@ has to be built or a task has never been asked for before.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import queue
@@ -89,7 +90,7 @@ def _wait_for_stores(config: DatasetConfig) -> list[index.Source]:
         if now - printed > LINE_PERIOD or printed == began:
             print(
                 f"palmjax: process {jax.process_index()} waits for process 0 to build the token store of "
-                f"{config.mixture_or_task_name!r} in {config.store_dir} ({now - began:.0f} s)",
+                f"{config.mixture_or_task_name!r} in {config.store_dir}, which both must see ({now - began:.0f} s)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -282,6 +283,7 @@ class Feed:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="palmjax-feed", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread inside jax or TensorStore must not outlive the interpreter
 
     def __iter__(self) -> Feed:
         return self
@@ -303,6 +305,7 @@ class Feed:
         while not self._ready.empty():
             self._ready.get_nowait()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Feed:
         return self

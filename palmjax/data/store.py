@@ -44,7 +44,10 @@ class Folder:
 
     def __init__(self, path: str):
         self.path = path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
-        self._files = ts.KvStore.open(self.spec()).result()
+        try:
+            self._files = ts.KvStore.open(self.spec()).result()
+        except ValueError as error:
+            raise ConfigError(f"cannot open the folder {self.path}: {error}") from error
 
     @property
     def is_local(self) -> bool:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import json
 import math
+import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,51 +18,78 @@ import numpy as np
 from jax.sharding import Mesh
 
 from palmjax import sharding
-from palmjax.config import DatasetConfig, Experiment, ShardingRules
+from palmjax.config import ConfigError, DatasetConfig, Experiment, ShardingRules
 from palmjax.data import feed
 from palmjax.data.batch import Batch
-from palmjax.loss import token_sums
+from palmjax.loss import token_losses
 from palmjax.models.api import LanguageModel
+
+SUMS = ("nats", "log_z_squared", "tokens", "correct", "bytes")
+
+Progress = Callable[[int, int], None]
+"""Told (batches scored, batches in all)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """Sums over the scored tokens. nats: of cross-entropy; correct: tokens that were the argmax; bytes: of UTF-8 text."""
+    """Sums over the scored tokens: those with weight.
+
+    nats: of cross-entropy. log_z_squared: of log(Z)^2, what z-loss is a multiple of. tokens: how many, by weight.
+    correct: of them, targets that were the argmax. bytes: UTF-8 bytes that the targets stand for; EOS stands for none.
+    """
 
     nats: float
+    log_z_squared: float
     tokens: float
     correct: float
     bytes: float
 
+    @property
+    def loss(self) -> float:
+        """Cross-entropy, nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte of text; NaN for a vocabulary whose ids stand for no text."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that were the most probable token."""
+        return self.correct / self.tokens
+
+    @property
+    def z(self) -> float:
+        """Mean log(Z)^2 of a token."""
+        return self.log_z_squared / self.tokens
+
     def metrics(self) -> dict[str, float]:
-        """loss (nats a token), bits_per_byte, accuracy, tokens, bytes; NaN where there was nothing to divide by."""
-        return {
-            "loss": _ratio(self.nats, self.tokens),
-            "bits_per_byte": _ratio(self.nats / math.log(2), self.bytes),
-            "accuracy": _ratio(self.correct, self.tokens),
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-        }
-
-
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else math.nan
+        """What is reported, by name; without bits_per_byte where it is NaN."""
+        names = ("loss", "bits_per_byte", "accuracy", "z", "tokens", "bytes")
+        values = {name: float(getattr(self, name)) for name in names}
+        return {name: value for name, value in values.items() if not math.isnan(value) or name == "loss"}
 
 
 class HeldOut:
-    """One pass over a dataset with a model on a mesh; compiled at the first run, then kept."""
+    """One pass over a dataset with a model on a mesh. Compiled at the first run or by `compile`, then kept.
+
+    Sums are made row by row in float32 on the devices and over rows on the host, exactly (`math.fsum`): neither the
+    batch size nor the order of rows enters the result, but for what they change in a row's own arithmetic.
+    """
 
     def __init__(self, config: DatasetConfig, model: LanguageModel, mesh: Mesh, rules: ShardingRules):
         """Raises ConfigError as `feed.open_dataset` does, and if the mesh does not divide the batch."""
         dataset = feed.open_dataset(config)
-        self.task, self.vocabulary = config.mixture_or_task_name, dataset.vocabulary
+        self.task, self.split, self.vocabulary = config.mixture_or_task_name, config.split, dataset.vocabulary
         self._pass, self._mesh, self._rules = dataset.evaluation(), mesh, rules
-        rows, length = dataset.batch_size(0), dataset.sequence_length
-        self._sharding = sharding.named(mesh, rules, ("batch", "length"), (rows, length), "an evaluation batch")
-        # int32 [V]: the bytes of text that each id stands for; ids of the vocabulary's padding never come.
-        table = np.zeros(model.config.padded_vocab_size, np.int32)
+        self._shape = (dataset.batch_size(0), dataset.sequence_length)
+        self._sharding = sharding.named(mesh, rules, ("batch", "length"), self._shape, "an evaluation batch")
+        # float32 [V], exact: the bytes of text that each id stands for; the vocabulary's padding never comes.
+        table = np.zeros(model.config.padded_vocab_size, np.float32)
         table[: len(dataset.token_bytes)] = dataset.token_bytes
-        self._step = jax.jit(lambda params, batch: self._sums(model, table, params, batch))
+        self._table = table
+        self._step: Any = jax.jit(lambda params, table, batch: _row_sums(model, params, table, batch))
 
     @classmethod
     def open(cls, experiment: Experiment, model: LanguageModel, mesh: Mesh) -> HeldOut | None:
@@ -64,22 +97,181 @@ class HeldOut:
         config = experiment.train_eval_dataset
         return None if config is None else cls(config, model, mesh, experiment.sharding)
 
-    @staticmethod
-    def _sums(model: LanguageModel, table: np.ndarray, params: Any, batch: Batch) -> dict[str, jax.Array]:
-        sums = token_sums(model.logits(params, model.hidden(params, batch)), batch)
-        bytes_of = jnp.asarray(table).at[batch.targets].get(out_sharding=sharding.out_spec(("batch", "length"), batch.targets.shape))
-        counted = jnp.sum(bytes_of * (batch.weights > 0))
-        return {"nats": sums["loss"], "tokens": sums["weight"], "correct": sums["correct"], "bytes": counted}
+    def compile(self, params: Any) -> None:
+        """Compiles for `params`: arrays, or ShapeDtypeStructs with the shardings that they will have."""
+        ids, weights = (jax.ShapeDtypeStruct(self._shape, t, sharding=self._sharding) for t in (jnp.int32, jnp.float32))
+        batch = Batch(tokens=ids, targets=ids, weights=weights, segments=ids, positions=ids)
+        with sharding.activate(self._mesh, self._rules):
+            self._step = self._step.lower(params, self._table, batch).compile()
 
-    def run(self, params: Any, max_batches: int | None = None) -> Result:
-        """Scores the rows in order, all of them or the first `max_batches` batches.
+    def run(self, params: Any, max_batches: int | None = None, progress: Progress | None = None) -> Result:
+        """Scores the rows in order: all of them, or those of the first `max_batches` batches.
 
-        Sums are float32 within a batch and float64 over batches.
+        All processes of a job call it together. Raises ConfigError if no token has any weight.
         """
         batches = self._pass.num_batches if max_batches is None else min(max_batches, self._pass.num_batches)
-        total = dict.fromkeys(("nats", "tokens", "correct", "bytes"), 0.0)
-        with feed.Feed(self._pass, self._sharding, 0, batches) as batches_, sharding.activate(self._mesh, self._rules):
-            for sums in [self._step(params, batch) for batch in batches_]:
-                for name, value in jax.device_get(sums).items():
-                    total[name] += float(value)
-        return Result(**total)
+        rows: list[np.ndarray] = []
+        launched: jax.Array | None = None
+        with feed.Feed(self._pass, self._sharding, 0, batches) as read, sharding.activate(self._mesh, self._rules):
+            for number, batch in enumerate(read):
+                earlier, launched = launched, self._step(params, self._table, batch)
+                if earlier is not None:  # fetched while the batch just launched is computed
+                    rows.append(jax.device_get(earlier))
+                if progress is not None:
+                    progress(number, batches)
+            if launched is not None:
+                rows.append(jax.device_get(launched))
+            if progress is not None:
+                progress(batches, batches)
+        totals = [math.fsum(values) for values in np.concatenate(rows, axis=1)] if rows else [0.0] * len(SUMS)
+        result = Result(**dict(zip(SUMS, totals, strict=True)))
+        if not result.tokens:
+            raise ConfigError(f"task {self.task!r}, split {self.split!r} has no token to score in {batches} batches")
+        return result
+
+
+def _row_sums(model: LanguageModel, params: Any, table: jax.Array, batch: Batch) -> jax.Array:
+    """float32 [len(SUMS), B], on every device: the sums of each row's tokens. table: float32 [V], bytes of each id."""
+
+    def bytes_of(targets: jax.Array, table: jax.Array) -> jax.Array:
+        return table[targets]
+
+    targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.weights)
+    nats, log_z, correct = token_losses(model.logits(params, model.hidden(params, batch)), targets)
+    text = sharding.local(bytes_of, (("batch", "length"), (None,)), ("batch", "length"), targets, table)
+    by_token = (nats * weights, jnp.square(log_z) * weights, weights, correct * weights, text * (weights > 0))
+    return sharding.constrain(jnp.stack([jnp.sum(x, axis=1) for x in by_token]), (None, None))
+
+
+# --- the verb ------------------------------------------------------------------------------------------------------
+
+
+class _Console:
+    """Batches scored, on standard error: a bar on a terminal, plain lines every ten seconds elsewhere."""
+
+    LINE_PERIOD = 10.0
+
+    def __init__(self, title: str):
+        self._title, self._printed = title, time.monotonic()
+        self._stack = contextlib.ExitStack()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
+            self._bar = self._stack.enter_context(Bar(console=Console(stderr=True), transient=True))
+            self._task = self._bar.add_task(title, total=None)
+
+    def __enter__(self) -> _Console:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __call__(self, done: int, batches: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=batches)
+        elif time.monotonic() - self._printed > self.LINE_PERIOD:
+            self._printed = time.monotonic()
+            print(f"{self._title}: {done}/{batches} batches", file=sys.stderr, flush=True)
+
+
+def _report(record: dict[str, Any]) -> str:
+    """The numbers for people."""
+    lines = [
+        f"{record['checkpoint']} (step {record['step']:,}) on {record['task']} ({record['split']})",
+        f"  held-out loss   {record['loss']:.5f} nats a token",
+        f"  bits per byte   {record['bits_per_byte']:.5f}" if "bits_per_byte" in record else "",
+        f"  token accuracy  {100 * record['accuracy']:.3f} %",
+        f"  tokens          {record['tokens']:,.0f}",
+        f"  bytes           {record['bytes']:,.0f}",
+        f"  seconds         {record['seconds']:.1f}",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _flags() -> argparse.ArgumentParser:
+    from palmjax import configure, distributed
+
+    parser = argparse.ArgumentParser(
+        prog="palmjax eval",
+        description="Held-out loss, bits per byte and token accuracy of a checkpoint, on any mesh. "
+        "The configuration is the checkpoint's own; gin files and bindings change it.",
+        epilog=configure.USAGE
+        + "\nexample: palmjax eval --checkpoint runs/first --gin.MeshConfig.fsdp=4 --gin.MeshConfig.data=1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a checkpoint_N folder, or a MODEL_DIR: its newest"
+    )
+    parser.add_argument("--batch_size", type=int, metavar="N", help="rows a batch over all devices (EVAL_BATCH_SIZE)")
+    parser.add_argument("--max_batches", type=int, metavar="N", help="score the first N batches only")
+    parser.add_argument("--json", action="store_true", help="print the numbers as one line of JSON")
+    parser.add_argument("--output", metavar="FILE", help="append the line of JSON to FILE too")
+    distributed.add_flags(parser)
+    return parser
+
+
+def _evaluated_dataset(experiment: Experiment, batch_size: int | None) -> DatasetConfig:
+    config = experiment.train_eval_dataset
+    if config is None:
+        raise ConfigError(
+            "Experiment.train_eval_dataset is None: --gin.Experiment.train_eval_dataset=@train_eval/DatasetConfig()"
+        )
+    if batch_size is None:
+        return config
+    if batch_size < 1:
+        raise ConfigError(f"--batch_size={batch_size}: must be at least 1")
+    return dataclasses.replace(config, batch_size=batch_size)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`palmjax eval --checkpoint DIR [...]`: prints the numbers of one checkpoint."""
+    from palmjax import checkpoint, configure, distributed, model_dir, trained
+
+    flags, rest = configure.parse_flags(sys.argv[1:] if argv is None else argv)
+    options = _flags().parse_args(rest)
+    with distributed.session(options):
+        path = model_dir.resolve(options.checkpoint)
+        info = checkpoint.read_info(path)
+        with trained.config_file(path, info) as file:
+            experiment = configure.load([file, *flags.files], flags.bindings, flags.search_paths).experiment
+        trained.enable_compilation_cache(experiment.train.compilation_cache)
+        opened = trained.open_checkpoint(path, info, experiment)
+        config = _evaluated_dataset(experiment, options.batch_size)
+        heldout = HeldOut(config, opened.model, opened.mesh, experiment.sharding)
+        checkpoint.check_vocabulary(path, info, heldout.vocabulary)
+        params = opened.params()
+        began = time.perf_counter()
+        primary = jax.process_index() == 0
+        title = f"evaluating on {heldout.task} ({heldout.split})"
+        with _Console(title) if primary else contextlib.nullcontext() as console:
+            result = heldout.run(params, options.max_batches, console)
+        record = {
+            "checkpoint": path,
+            "step": info.step,
+            "task": heldout.task,
+            "split": heldout.split,
+            **result.metrics(),
+            "seconds": time.perf_counter() - began,
+        }
+        if primary:
+            _write(record, options.json, options.output)
+    return 0
+
+
+def _write(record: dict[str, Any], as_json: bool, output: str | None) -> None:
+    line = json.dumps(record)
+    print(line if as_json else _report(record), flush=True)
+    if output is not None:
+        try:
+            with open(output, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise ConfigError(f"--output={output} can't be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    from palmjax.cli import run_main
+
+    raise SystemExit(run_main(main))

@@ -92,18 +92,14 @@ class AttentionModule(nn.Module):
                 "value": _write(cache["value"], v, rows.positions, layer),
             }
 
-            def op_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-                return decode_attention(q, k, v, positions, mask=mask)
+            def op_cached(
+                q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array
+            ) -> jax.Array:
+                return decode_attention(q, k, v, positions, layer, mask=mask)
 
-            out = sharding.local(
-                op_cached,
-                (QUERIES, KEYS, KEYS, ("batch", "length")),
-                QUERIES,
-                q,
-                cache["key"][layer],
-                cache["value"][layer],
-                rows.positions,
-            )
+            # The caches of all layers, so that only what the op reads of this one is ever copied.
+            inputs = (QUERIES, CACHE, CACHE, ("batch", "length"), ())
+            out = sharding.local(op_cached, inputs, QUERIES, q, cache["key"], cache["value"], rows.positions, layer)
         residual: Axes = ("batch", "length", "residual")
         y = Dense("BTHN,HND->BTD", (H, N, D), ("heads", "head_dim", "embed"), H * N, residual, name="out")(out)
         return y, cache

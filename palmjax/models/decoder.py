@@ -188,7 +188,7 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
             unroll=min(c.unroll, c.num_layers),
             metadata_params={nn.PARTITION_NAME: STACKED},

@@ -51,7 +51,7 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, 
     """A float32 parameter: shape, axes and initializer said once; abstract tree, shardings and values derive from
     it.
     """
-    return module.param(name, lambda key: AxesBox(value=init(key, shape, axes), axes=axes))
+    return module.param(name, lambda key: AxesBox(value=init(key, shape, axes), axes=axes))  # pyright: ignore[reportReturnType]
 
 
 def normal(stddev: float) -> Initializer:

@@ -16,7 +16,11 @@ from palmjax.configure.text import REQUIRED, Reader
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "configs"
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "gin" / "exp").glob("*.gin"))
-PLACEHOLDERS = {"MODEL_DIR": "/model_dir", "TRAIN_FILES": "('/data/train-*.jsonl.gz',)"}
+PLACEHOLDERS = {
+    "MODEL_DIR": "/model_dir",
+    "TRAIN_FILES": "/data/train-*.jsonl.gz",
+    "SENTENCEPIECE_MODEL": "/data/256k.model",
+}
 """Values for what only the user of a file can know."""
 
 

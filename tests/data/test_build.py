@@ -345,6 +345,16 @@ def test_every_mistake_has_its_message(registered: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/store.json"))
 
 
+def test_a_folder_that_cannot_be_written_is_told(module: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(
+        ConfigError, match=r"cannot write the token store .*file/stores/lines/train-.*: .*Not a directory"
+    ):
+        open_dataset(config(tmp_path / "file" / "stores"))
+    with pytest.raises(ConfigError, match="cannot open the folder nowhere://stores"):
+        open_dataset(dataclasses.replace(config(tmp_path), store_dir="nowhere://stores"))
+
+
 def test_a_random_preprocessor_is_seeded(registered: Any, tmp_path: Path) -> None:
     import tensorflow as tf
 

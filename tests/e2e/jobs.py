@@ -43,7 +43,7 @@ class Job:
     stores: str
 
     def flags(self, model_dir: Path, *bindings: str) -> list[str]:
-        given = [f"MODEL_DIR={model_dir}", f"TRAIN_FILES=('{self.text}',)", f"STORE_DIR={self.stores}", *bindings]
+        given = [f"MODEL_DIR={model_dir}", f"TRAIN_FILES={self.text}", f"STORE_DIR={self.stores}", *bindings]
         return [GIN, *(f"--gin.{binding}" for binding in given)]
 
     def start(self, model_dir: Path, *bindings: str, devices: int = 1, **options: Any) -> subprocess.Popen[str]:

@@ -14,4 +14,4 @@ PLACEHOLDERS = ["MODEL_DIR='run'", "TRAIN_FILES='x.jsonl'", "SENTENCEPIECE_MODEL
 def test_parameters_and_layout_of_540b():
     experiment = configure.load(["exp/palm_540b.gin"], PLACEHOLDERS).experiment
     mesh = {"data": experiment.mesh.data, "fsdp": experiment.mesh.fsdp, "tensor": experiment.mesh.tensor}
-    assert parameter_table(experiment.model, mesh, experiment.sharding) == GOLDEN.read_text()
+    assert parameter_table(experiment.model.build().config, mesh, experiment.sharding) == GOLDEN.read_text()

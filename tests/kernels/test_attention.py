@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ def naive(q, k, v, seen):
     return out
 
 
-def random_qkv(T, S, H, K, seed=0, B=2, N=8):
+def random_qkv(T, S, H, K, seed=0, B=2, N=8) -> list[Any]:
     rng = np.random.default_rng(seed)
     shapes = ((B, T, H, N), (B, S, K, N), (B, S, K, N))
     return [rng.standard_normal(s, np.float32) for s in shapes]
@@ -46,7 +48,7 @@ def random_qkv(T, S, H, K, seed=0, B=2, N=8):
 def test_attention_equals_the_naive_loop(T, groups, causal, window, cuts):
     H, K = groups
     q, k, v = random_qkv(T, T, H, K)
-    segments = np.tile(np.searchsorted(sorted(cuts), np.arange(T), side="right").astype(np.int32), (2, 1))
+    segments: Any = np.tile(np.searchsorted(sorted(cuts), np.arange(T), side="right").astype(np.int32), (2, 1))
     i, j = np.arange(T)[:, None], np.arange(T)[None, :]
     seen = np.ones((T, T), bool) & (~np.array(causal) | (j <= i)) & (i - j < (window or T + 1))
     seen = seen[None] & (segments[:, :, None] == segments[:, None, :])
@@ -56,10 +58,10 @@ def test_attention_equals_the_naive_loop(T, groups, causal, window, cuts):
 
 def test_decoding_sees_the_cache_up_to_its_own_position():
     q, k, v = random_qkv(2, 7, 4, 2)
-    positions = np.array([[2, 3], [5, 6]], np.int32)
+    positions: Any = np.array([[2, 3], [5, 6]], np.int32)
     seen = np.arange(7)[None, None, :] <= positions[:, :, None]
     np.testing.assert_allclose(
-        decode_attention(q, k, v, positions, mask=Mask()), naive(q, k, v, seen), rtol=1e-5, atol=1e-5
+        decode_attention(q, k[None], v[None], positions, mask=Mask()), naive(q, k, v, seen), rtol=1e-5, atol=1e-5
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,8 @@ def test_remat_keeps_less():
     def kept(config):
         loss, params = CrossEntropy().build(config.build()), config.build().init(jax.random.key(0))
         compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(params, random_batch(rows=8)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = compiled.memory_analysis()
+        return memory.temp_size_in_bytes
 
     everything, nothing = kept(tiny_palm(num_layers=8)), kept(tiny_palm(num_layers=8, remat=decoder.RecomputeAll()))
     assert nothing < 0.5 * everything

@@ -1,0 +1,87 @@
+"""Attention against a cache, block by block up to the last filled entry: the cost follows what is filled, not what is
+allocated, and no [Q, S] score matrix is ever whole. The softmax is accumulated online (Milakov and Gimelshein 2018).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.masks import Mask
+
+BLOCK = 256
+"""Entries a block. On CPU 128 to 256 are equal and larger ones slower to skip; measured with `benchmarks/decode.py`."""
+
+_Sums = tuple[jax.Array, jax.Array, jax.Array]
+"""Online softmax, float32: largest score and sum of weights [B, K, G, Q], weighted values [B, K, G, Q, D]."""
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    layer: jax.Array,
+    *,
+    mask: Mask,
+    scale: float,
+    block: int = BLOCK,
+) -> jax.Array:
+    """Arguments and result as in `api.decode_attention`. Not differentiable: the number of blocks depends on the
+    data.
+    """
+    B, Q, H, D = q.shape
+    S, K = k.shape[2], k.shape[3]
+    size = min(block, S)
+    q_BKGQD = jnp.moveaxis(q.reshape(B, Q, K, H // K, D), 1, 3)
+
+    def scores(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Masked scores of one block [B, K, G, Q, size], which of them count, and the block's values."""
+        # The last block begins early enough to be whole; what the one before had is not counted again.
+        start = jnp.minimum(index * size, S - size)
+        k_BSKD, v_BSKD = (jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, B, size, K, D))[0] for x in (k, v))
+        entries = start + jnp.arange(size)
+        seen = mask.allowed(positions[:, :, None], entries[None, None, :]) & (entries >= index * size)
+        seen = seen[:, None, None]
+        s = jnp.einsum("BKGQD,BSKD->BKGQS", q_BKGQD, k_BSKD, preferred_element_type=jnp.float32) * scale
+        return jnp.where(seen, s, -1e30), seen, v_BSKD
+
+    def summed(s: jax.Array, seen: jax.Array, v_BSKD: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = jnp.where(seen, jnp.exp(s - top[..., None]), 0.0)
+        values = jnp.einsum(
+            "BKGQS,BSKD->BKGQD", weights.astype(v_BSKD.dtype), v_BSKD, preferred_element_type=jnp.float32
+        )
+        return jnp.sum(weights, axis=-1), values
+
+    def begin(index: jax.Array) -> _Sums:
+        s, seen, v_BSKD = scores(index)
+        top = jnp.max(s, axis=-1)
+        return top, *summed(s, seen, v_BSKD, top)
+
+    def add(index: jax.Array, so_far: _Sums) -> _Sums:
+        s, seen, v_BSKD = scores(index)
+        top = jnp.maximum(so_far[0], jnp.max(s, axis=-1))
+        total, values = summed(s, seen, v_BSKD, top)
+        keep = jnp.exp(so_far[0] - top)
+        return top, so_far[1] * keep + total, so_far[2] * keep[..., None] + values
+
+    first, stop = _blocks(positions, mask, size, S)
+    sums = begin(first)
+    if size < S:
+        sums = jax.lax.fori_loop(first + 1, stop, add, sums)
+    _, total, out = sums
+    # A query that sees nothing gives zeros, as in the reference.
+    out = out / jnp.where(total == 0.0, 1.0, total)[..., None]
+    return jnp.moveaxis(out, 3, 1).reshape(B, Q, H, D).astype(q.dtype)
+
+
+def _blocks(positions: jax.Array, mask: Mask, size: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """The first block that any query may see and the one behind the last; positions beyond the cache count as its
+    end.
+    """
+    blocks = -(-length // size)
+    first = jnp.int32(0)
+    if mask.window is not None:
+        first = jnp.clip((jnp.min(positions) - mask.window + 1) // size, 0, blocks - 1)
+    stop = jnp.minimum(jnp.max(positions) // size + 1, blocks) if mask.causal else jnp.int32(blocks)
+    return first, stop
