@@ -78,10 +78,12 @@ class HeldOut:
     batch size nor the order of rows enters the result, but for what they change in a row's own arithmetic.
     """
 
-    def __init__(self, config: DatasetConfig, model: LanguageModel, mesh: Mesh, rules: ShardingRules):
-        """Raises ConfigError as `feed.open_dataset` does, and if the mesh does not divide the batch."""
-        dataset = feed.open_dataset(config)
-        self.task, self.split, self.vocabulary = config.mixture_or_task_name, config.split, dataset.vocabulary
+    def __init__(self, dataset: feed.Dataset, model: LanguageModel, mesh: Mesh, rules: ShardingRules):
+        """Raises ConfigError if the mesh does not divide the batch, or the model knows fewer ids than the dataset."""
+        self.task, self.split = dataset.config.mixture_or_task_name, dataset.config.split
+        self.vocabulary, ids = dataset.vocabulary, model.config.vocab_size
+        if self.vocabulary.size > ids:
+            raise ConfigError(f"task {self.task!r} has {self.vocabulary.size:,} ids and the model only {ids:,}")
         self._pass, self._mesh, self._rules = dataset.evaluation(), mesh, rules
         self._shape = (dataset.batch_size(0), dataset.sequence_length)
         self._sharding = sharding.named(mesh, rules, ("batch", "length"), self._shape, "an evaluation batch")
@@ -93,9 +95,9 @@ class HeldOut:
 
     @classmethod
     def open(cls, experiment: Experiment, model: LanguageModel, mesh: Mesh) -> HeldOut | None:
-        """Of the experiment's evaluation dataset; None if it has none."""
+        """Of the experiment's evaluation dataset; None if it has none. Raises ConfigError as `feed.open_dataset` too."""
         config = experiment.train_eval_dataset
-        return None if config is None else cls(config, model, mesh, experiment.sharding)
+        return None if config is None else cls(feed.open_dataset(config), model, mesh, experiment.sharding)
 
     def compile(self, params: Any) -> None:
         """Compiles for `params`: arrays, or ShapeDtypeStructs with the shardings that they will have."""
@@ -212,7 +214,7 @@ def _flags() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluated_dataset(experiment: Experiment, batch_size: int | None) -> DatasetConfig:
+def _dataset_config(experiment: Experiment, batch_size: int | None) -> DatasetConfig:
     config = experiment.train_eval_dataset
     if config is None:
         raise ConfigError(
@@ -238,9 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             experiment = configure.load([file, *flags.files], flags.bindings, flags.search_paths).experiment
         trained.enable_compilation_cache(experiment.train.compilation_cache)
         opened = trained.open_checkpoint(path, info, experiment)
-        config = _evaluated_dataset(experiment, options.batch_size)
-        heldout = HeldOut(config, opened.model, opened.mesh, experiment.sharding)
-        checkpoint.check_vocabulary(path, info, heldout.vocabulary)
+        dataset = feed.open_dataset(_dataset_config(experiment, options.batch_size))
+        checkpoint.check_vocabulary(path, info, dataset.vocabulary)
+        heldout = HeldOut(dataset, opened.model, opened.mesh, experiment.sharding)
         params = opened.params()
         began = time.perf_counter()
         primary = jax.process_index() == 0

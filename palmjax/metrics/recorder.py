@@ -11,15 +11,20 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import jax
 
-from palmjax.config import ConfigError
-from palmjax.metrics.sinks import Bar, Console, JsonLines, Lines, TensorBoard
+from palmjax.metrics.lines import FILE, JsonLines
+from palmjax.metrics.remote import RemoteLines
+from palmjax.metrics.sinks import Bar, Console, Lines, TensorBoard
 from palmjax.metrics.throughput import Throughput, clock
+from palmjax.metrics.uploader import Pace
+from palmjax.model_dir import as_path
 
 _RECENT_STEPS = 50
+_PACE = Pace()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,14 +41,15 @@ class _Launched:
 class Recorder:
     """Writes a training run's metrics, one step late. A context manager: leaving it closes it.
 
-    model_dir: gets metrics.jsonl, train/ and training_eval/<task>/. start_step: steps already done when this process
-    begins; what a killed process logged of later steps is removed. log_period: steps between lines of the log and
-    between TensorBoard's points (metrics.jsonl has every step). is_primary: only this process writes; the others
-    fetch the same numbers at the same time and return them. stream: of the console, standard error by default.
+    model_dir: gets metrics.jsonl, train/ and training_eval/<task>/. On a remote folder (gs://), which can't be appended
+    to, the lines lie in part files in metrics/; a thread uploads them and TensorBoard's files at the given pace, and a
+    network that fails is reported and never ends the run. `read_metrics` reads either. start_step: steps already done
+    when this process begins; what a killed process logged of later steps is removed. log_period: steps between lines
+    of the log and between TensorBoard's points (the JSON lines have every step). is_primary: only this process writes;
+    the others fetch the same numbers at the same time and return them. stream: of the console, standard error by
+    default.
 
-    Raises ConfigError for a `model_dir` that can't be appended to.
-
-    A step's line in metrics.jsonl: kind "train", step (steps done after it), each metric, tokens, seconds (between
+    A step's JSON line: kind "train", step (steps done after it), each metric, tokens, seconds (between
     the completion of the step before and its own), tokens_per_second, mfu, hfu, data_wait, checkpoint_block (seconds).
     The other kinds are "eval" (step, task, each metric, seconds) and "event" (event, time, what came with it).
     """
@@ -59,12 +65,8 @@ class Recorder:
         tensorboard: bool = True,
         is_primary: bool = True,
         stream: IO[str] | None = None,
+        pace: Pace = _PACE,
     ):
-        if "://" in model_dir:
-            raise ConfigError(
-                f"MODEL_DIR = {model_dir!r}: metrics.jsonl is appended to, which an object store can't do; "
-                "mount the bucket and give the path of the mount."
-            )
         self._throughput = throughput
         self._total_steps, self._start_step, self._log_period = total_steps, start_step, log_period
         self._pending: _Launched | None = None
@@ -74,15 +76,20 @@ class Recorder:
         self._seconds: list[float] = []
         self._tokens = 0
         self._data_wait = 0.0
-        self._lines: JsonLines | None = None
+        self._lines: JsonLines | RemoteLines | None = None
         self._board: TensorBoard | None = None
         self._console: Console | None = None
         self._every_step_shown = False
         if is_primary:
             out = stream or sys.stderr
-            os.makedirs(model_dir, exist_ok=True)
-            self._lines = JsonLines(os.path.join(model_dir, "metrics.jsonl"), start_step)
-            self._board = TensorBoard(model_dir, start_step) if tensorboard else None
+            folder = as_path(model_dir)
+            if isinstance(folder, Path):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lines = JsonLines(str(folder / FILE), start_step)
+            else:
+                self._lines = RemoteLines(folder, start_step, self.message, pace)
+                folder = self._lines.spool
+            self._board = TensorBoard(str(folder), start_step) if tensorboard else None
             self._every_step_shown = out.isatty() and os.environ.get("TERM") != "dumb"
             self._console = Bar(out, total_steps, start_step) if self._every_step_shown else Lines(out, total_steps)
 
@@ -120,7 +127,10 @@ class Recorder:
     def flush(self) -> dict[str, float] | None:
         """Waits for the last step launched; writes and returns its metrics, None if there is none."""
         earlier, self._pending = self._pending, None
-        return self._settle(earlier) if earlier else None
+        values = self._settle(earlier) if earlier else None
+        if self._lines is not None:
+            self._lines.flush()
+        return values
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -167,7 +177,7 @@ class Recorder:
         }
 
     def close(self) -> None:
-        """Flushes, writes the summary and closes every file."""
+        """Flushes, writes the summary and closes every file; a remote folder has `pace.close` seconds for it."""
         try:
             self.flush()
             summary = self.summary()
@@ -243,13 +253,21 @@ class Recorder:
     def _write(self, record: Mapping[str, Any]) -> None:
         if self._lines is not None:
             self._lines.write(record)
+            if record["kind"] != "train":
+                self._lines.flush()  # rare, and worth knowing of soon
 
     def _release(self) -> None:
-        with contextlib.ExitStack() as stack:
-            for sink in (self._lines, self._board, self._console):
-                if sink is not None:
-                    stack.callback(sink.close)
-            self._lines = self._board = self._console = None
+        sinks = (self._console, self._lines, self._board)
+        self._lines = self._board = None
+        try:
+            with contextlib.ExitStack() as stack:
+                # Closes from the last to the first: the upload of the lines takes TensorBoard's finished files along,
+                # and may have something to say on the console.
+                for sink in sinks:
+                    if sink is not None:
+                        stack.callback(sink.close)
+        finally:
+            self._console = None
 
 
 def _aliased(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,88 +1,25 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, the console. rich and tensorboardX load where they are first needed."""
+"""Where metrics are looked at: TensorBoard and the console. rich and tensorboardX load where they are first needed."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import queue
 import threading
 import time
 from collections.abc import Mapping
-from typing import IO, Any, Protocol
-
-# --------------------------------------------------------------------------------------------- metrics.jsonl
-
-
-def drop_after(path: str, step: int) -> int:
-    """Removes from a metrics.jsonl every line of a step after `step`, and lines that are torn; returns how many.
-
-    A run that was killed has logged steps after its last checkpoint, and may have been killed inside a line. The file
-    is replaced as a whole, so a kill in here loses nothing; an untouched or missing file is left as it is.
-    """
-    if not os.path.exists(path):
-        return 0
-    partial, dropped = path + ".partial", 0
-    with open(path, "rb") as lines, open(partial, "wb") as kept:
-        for line in lines:
-            if _survives(line, step):
-                kept.write(line)
-            else:
-                dropped += 1
-        kept.flush()
-        os.fsync(kept.fileno())
-    if dropped:
-        os.replace(partial, path)
-    else:
-        os.remove(partial)
-    return dropped
-
-
-def _survives(line: bytes, step: int) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return line.endswith(b"\n") and isinstance(record, dict) and record.get("step", 0) <= step
-
-
-def _plain(value: Any) -> Any:
-    """A float that JSON has: NaN and the infinities become the strings "NaN", "Infinity", "-Infinity" (as protobuf)."""
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-
-
-class JsonLines:
-    """Appends one JSON object a line; a line is with the operating system, safe from a kill, when `write` returns."""
-
-    def __init__(self, path: str, start_step: int):
-        self._path = path
-        drop_after(path, start_step)
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        text = json.dumps({name: _plain(value) for name, value in record.items()}, allow_nan=False)
-        try:
-            self._file.write(text + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._path) from error
-
-    def close(self) -> None:
-        self._file.close()
-
+from typing import IO, Protocol
 
 # ----------------------------------------------------------------------------------------------- TensorBoard
 
 
 class TensorBoard:
-    """Writes scalars under MODEL_DIR/<run> from a thread of its own, which imports tensorboardX at the first of them.
+    """Writes scalars under <folder>/<run> from a thread of its own, which imports tensorboardX at the first of them.
 
     One event costs some 50 us of Python, too much for the loop. What fails in the thread is raised by the next call.
     """
 
-    def __init__(self, model_dir: str, start_step: int):
-        self._model_dir = model_dir
+    def __init__(self, folder: str, start_step: int):
+        self._folder = folder
         # TensorBoard hides what an earlier, killed process logged from this step on.
         self._purge_step = start_step + 1 if start_step else None
         self._queue: queue.SimpleQueue[tuple[str, int, float, dict[str, float]] | None] = queue.SimpleQueue()
@@ -111,7 +48,7 @@ class TensorBoard:
                 if run not in writers:
                     from tensorboardX import SummaryWriter
 
-                    folder = os.path.join(self._model_dir, run)
+                    folder = os.path.join(self._folder, run)
                     writers[run] = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=10)
                 for tag, value in values.items():
                     writers[run].add_scalar(tag, value, step, walltime=when)
@@ -141,7 +78,8 @@ class Lines:
         self.message("  ".join([f"step {step}/{self._total}", *parts]))
 
     def message(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        self._stream.write(text + "\n")  # in one piece: more than one thread may have something to say
+        self._stream.flush()
 
     def close(self) -> None:
         pass

@@ -1,0 +1,139 @@
+"""Metrics as JSON lines: metrics.jsonl on a file system, numbered part files where nothing can be appended to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from palmjax.config import ConfigError
+from palmjax.model_dir import as_path
+
+FILE = "metrics.jsonl"
+PARTS = "metrics"
+_PART = re.compile(r"(\d{9,})-(\d{5,})\.jsonl")
+_NOT_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+# ------------------------------------------------------------------------------------------------------ a line
+
+
+def encode(record: Mapping[str, Any]) -> str:
+    """A record as a line of strict JSON. What JSON has no number for becomes "NaN", "Infinity", "-Infinity" (as in
+    protobuf).
+    """
+    return json.dumps({name: _plain(value) for name, value in record.items()}, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def survives(line: bytes, step: int) -> bool:
+    """Whether a line is whole and of no step after `step`."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n") and isinstance(record, dict) and record.get("step", 0) <= step
+
+
+# ----------------------------------------------------------------------------------------------- metrics.jsonl
+
+
+def drop_after(path: str, step: int) -> int:
+    """Removes from a metrics.jsonl every line of a step after `step`, and lines that are torn; returns how many.
+
+    A run that was killed has logged steps after its last checkpoint, and may have been killed inside a line. The file
+    is replaced as a whole, so a kill in here loses nothing; an untouched or missing file is left as it is.
+    """
+    if not os.path.exists(path):
+        return 0
+    partial, dropped = path + ".partial", 0
+    with open(path, "rb") as lines, open(partial, "wb") as kept:
+        for line in lines:
+            if survives(line, step):
+                kept.write(line)
+            else:
+                dropped += 1
+        kept.flush()
+        os.fsync(kept.fileno())
+    if dropped:
+        os.replace(partial, path)
+    else:
+        os.remove(partial)
+    return dropped
+
+
+class JsonLines:
+    """Appends one JSON object a line; a line is with the operating system, safe from a kill, when `write` returns."""
+
+    def __init__(self, path: str, start_step: int):
+        self._path = path
+        drop_after(path, start_step)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(encode(record))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._path) from error
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+# ------------------------------------------------------------------------------------------------------- parts
+
+
+def part_name(first_step: int, number: int) -> str:
+    """The name of a part: the step of its first line, and its place among all parts of the run, from 1 on."""
+    return f"{first_step:09d}-{number:05d}.jsonl"
+
+
+def files(model_dir: Any) -> list[tuple[int, Any]]:
+    """(place, path) of every file of lines in a folder, in the order in which they were written.
+
+    metrics.jsonl has place 0: a local run whose folder was copied to a bucket goes on there in parts.
+    """
+    found = [(0, model_dir / FILE)] if (model_dir / FILE).exists() else []
+    folder = model_dir / PARTS
+    children = list(folder.iterdir()) if folder.is_dir() else []
+    parts = [(int(match[2]), path) for path in children if (match := _PART.fullmatch(path.name))]
+    return found + sorted(parts, key=lambda part: (part[0], part[1].name))
+
+
+# ----------------------------------------------------------------------------------------------------- reading
+
+
+def read_metrics(model_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Every line that a run has written so far, in order, from a local or a remote (gs://) MODEL_DIR.
+
+    Yields the records of `Recorder`, with NaN and the infinities as floats again. A torn last line, of a run that is
+    writing it or was killed in it, is left out. Raises ConfigError where there are no metrics, ValueError naming file
+    and line for a line that can't be read.
+    """
+    found = files(as_path(model_dir))
+    if not found:
+        raise ConfigError(f"there are no metrics in {model_dir}: expected {FILE}, or {PARTS}/ with parts of it")
+    return (record for _, path in found for record in _read(path))
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            yield {name: _NOT_JSON.get(v, v) if isinstance(v, str) else v for name, v in record.items()}

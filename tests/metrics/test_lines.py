@@ -1,0 +1,137 @@
+"""JSON lines: the file after a kill, and reading a run back whatever form it has."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from palmjax.config import ConfigError
+from palmjax.metrics import read_metrics
+from palmjax.metrics.lines import JsonLines, drop_after, part_name
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ metrics.jsonl
+
+
+def test_a_resume_removes_later_lines_and_a_torn_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = [{"kind": "event", "event": "start"}, *({"kind": "train", "step": s, "loss": 1 / s} for s in range(1, 8))]
+    records.insert(6, {"kind": "eval", "step": 5, "loss": 0.2})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"kind": "train", "step": 8, "lo')
+    writer = JsonLines(str(path), start_step=5)
+    writer.write({"kind": "train", "step": 6, "loss": 9.0})
+    assert lines(path) == [*records[:7], {"kind": "train", "step": 6, "loss": 9.0}]
+    writer.close()
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2}', b'{"step": 2, "task": "caf\xc3', b"12", b'"step"\n', b"\x00" * 64])
+def test_a_last_line_that_is_not_whole_never_swallows_the_next(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + torn)
+    writer = JsonLines(str(path), start_step=2)
+    writer.write({"step": 3})
+    assert lines(path) == [{"step": 1}, {"step": 3}]
+    writer.close()
+
+
+def test_a_file_with_nothing_to_drop_is_not_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    inode = path.stat().st_ino
+    assert drop_after(str(path), 2) == 0
+    assert path.stat().st_ino == inode and os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert drop_after(str(tmp_path / "none.jsonl"), 0) == 0
+
+
+def test_a_failed_rewrite_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        drop_after(str(path), 1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_line_is_on_disk_when_write_returns_and_is_strict_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLines(str(path), start_step=0)
+    writer.write({"step": 1, "loss": float("nan"), "up": float("inf"), "down": -float("inf"), "mfu": None})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    record = json.loads(path.read_text(), parse_constant=refuse)
+    assert record == {"step": 1, "loss": "NaN", "up": "Infinity", "down": "-Infinity", "mfu": None}
+    writer.close()
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("/dev/full is Linux's")
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLines(str(path), start_step=0)
+    with open("/dev/full", "a") as full:
+        os.dup2(full.fileno(), writer._file.fileno())
+    with pytest.raises(OSError, match=r"metrics\.jsonl") as caught:
+        writer.write({"step": 1})
+    assert caught.value.errno == errno.ENOSPC
+    with contextlib.suppress(OSError):  # what is left in Python's buffer fails once more
+        writer.close()
+
+
+# ----------------------------------------------------------------------------------------------------- reading
+
+
+def write_steps(path: Path, steps: range) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLines(str(path), start_step=0)
+    writer.write({"step": 1, "loss": 2.5, "mfu": None, "event": "start"})
+    writer.write({"step": 2, "loss": math.nan, "up": math.inf, "down": -math.inf})
+    writer.close()
+    first, second = read_metrics(tmp_path)
+    assert first == {"step": 1, "loss": 2.5, "mfu": None, "event": "start"}
+    assert math.isnan(second.pop("loss")) and second == {"step": 2, "up": math.inf, "down": -math.inf}
+
+
+def test_a_torn_last_line_is_left_out_and_any_other_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "task": "caf\xc3')
+    assert list(read_metrics(tmp_path)) == [{"step": 1}]
+    path.write_bytes(b'{"step": 1}\n{"step"\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        list(read_metrics(tmp_path))
+
+
+def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """A local copy of a bucket's folder, begun from a local run. A rewind may begin a part at an earlier step."""
+    write_steps(tmp_path / "metrics.jsonl", range(1, 3))
+    write_steps(tmp_path / "metrics" / part_name(3, 9), range(3, 5))
+    write_steps(tmp_path / "metrics" / part_name(5, 10), range(5, 9))
+    write_steps(tmp_path / "metrics" / part_name(4, 99_999), range(4, 6))
+    write_steps(tmp_path / "metrics" / part_name(2_000_000_000, 100_000), range(6, 8))
+    write_steps(tmp_path / "metrics" / "notes.jsonl", range(100, 101))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 7]
+
+
+def test_a_folder_without_metrics_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no metrics in .*metrics\.jsonl"):
+        read_metrics(tmp_path)
+    with pytest.raises(ConfigError, match=r"no metrics in .*none"):
+        read_metrics(tmp_path / "none")
