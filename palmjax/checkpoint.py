@@ -28,7 +28,7 @@ import numpy as np
 from palmjax import distributed
 from palmjax.config import ConfigError, SaveCheckpointConfig, section
 from palmjax.data.vocabulary import Vocabulary
-from palmjax.model_dir import PREFIX, as_path, inventory, newest, resolve
+from palmjax.model_dir import PREFIX, as_path, inventory, newest, resolve, set_broken_aside
 from palmjax.provenance import RunInfo
 from palmjax.state import TrainState
 
@@ -246,6 +246,8 @@ class Checkpointer:
         logging.getLogger("absl").addFilter(self._background)
         self._dir, self._save = as_path(model_dir), save
         self._writing: int | None = None
+        if jax.process_index() == 0:
+            set_broken_aside(self._dir)
         options = ocp.CheckpointManagerOptions(
             step_prefix=PREFIX.rstrip("_"),
             max_to_keep=save.keep,
@@ -302,10 +304,20 @@ class Checkpointer:
         """The newest step that is whole on disk."""
         return newest(self._dir)
 
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an exception the save on its way is still waited for, but its own failure must not hide the first one.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(SaveError):
+            self.close()
+
     def close(self) -> None:
         """Waits for the last save. Raises SaveError if it failed."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
         logging.getLogger("absl").removeFilter(self._background)
 
     @contextlib.contextmanager

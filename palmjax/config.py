@@ -27,6 +27,20 @@ class ConfigError(ValueError):
     """Something a user wrote cannot work. Its text is one or two lines: what, where, and the nearest right thing."""
 
 
+def require(ok: bool, section: object, field: str, words: str) -> None:
+    """Raises ConfigError unless `ok`, as `Class.field = value: must be <words>`. For a section's `__post_init__`."""
+    if not ok:
+        raise ConfigError(f"{type(section).__name__}.{field} = {getattr(section, field)!r}: must be {words}")
+
+
+SEEDS = 1 << 32
+"""Seeds are below this: `jax.random.key` drops the higher bits (without x64), and two runs would be the same one."""
+
+
+def _require_seed(section: TrainConfig | DatasetConfig) -> None:
+    require(0 <= section.seed < SEEDS, section, "seed", "from 0 to 2**32 - 1")
+
+
 class Part(abc.ABC):
     """Base of everything with variants. `build` makes the working object; its arguments are the room's own."""
 
@@ -56,7 +70,11 @@ class SchedulePart(Part):
 
 
 class LossPart(Part):
-    """A training loss (`palmjax.loss`). `build()` returns `(logits, batch) -> (loss, metrics)`."""
+    """A training loss (`palmjax.loss`). `build(model)` returns `(params, batch, dropout_key) -> (sum, sums)`.
+
+    sum: over the batch's tokens, what is differentiated. sums: what is reported, among them `weight`, the tokens that
+    count, by which the step divides.
+    """
 
 
 class PackingPart(Part):
@@ -144,6 +162,12 @@ class DatasetConfig:
     tasks: tuple[TaskPart, ...] = ()
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        size = self.batch_size
+        require(not isinstance(size, int) or size >= 1, self, "batch_size", "1 or more")
+        _require_seed(self)
+        require(self.workers >= 0, self, "workers", "0 (tokenize in the calling process) or more")
+
 
 @section
 class SaveCheckpointConfig:
@@ -152,6 +176,11 @@ class SaveCheckpointConfig:
     period: int = 1000
     keep: int | None = 3
     keep_period: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.period >= 1, self, "period", "1 or more")
+        require(self.keep is None or self.keep >= 1, self, "keep", "1 or more, or None for all")
+        require(self.keep_period is None or self.keep_period >= 1, self, "keep_period", "1 or more, or None for none")
 
 
 @section
@@ -192,6 +221,17 @@ class TrainConfig:
     sample_tokens: int = 128
     tensorboard: bool = True
     compilation_cache: str | None = "~/.cache/palmjax/compiled"
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, self, "steps", "1 or more")
+        _require_seed(self)
+        require(self.microbatches >= 1, self, "microbatches", "1 or more")
+        require(self.eval_period >= 0, self, "eval_period", "0 (only at the end) or more")
+        require(self.eval_steps is None or self.eval_steps >= 1, self, "eval_steps", "1 or more, or None for all")
+        require(self.log_period >= 1, self, "log_period", "1 or more")
+        first, last = self.profile_steps or (0, 0)
+        require(0 <= first <= last, self, "profile_steps", "(first, last) with 0 <= first <= last, or None")
+        require(self.sample_tokens >= 1, self, "sample_tokens", "1 or more")
 
 
 @section

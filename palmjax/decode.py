@@ -67,9 +67,10 @@ def generate(
     a job call it together with equal arguments.
 
     Rows, prompt length and new tokens are each rounded up to a power of two, so that few programs are compiled.
-    Raises ConfigError for no prompts, ids outside the vocabulary and a `max_new_tokens` below one.
+    Raises ConfigError for no prompts, ids outside the vocabulary, a `max_new_tokens` below one, or a seed that is
+    negative or longer than 32 bits.
     """
-    _check(model, prompts, max_new_tokens)
+    _check(model, prompts, max_new_tokens, seed)
     sampling, rules = sampling or Greedy(), rules or ShardingRules()
     rows = _padded_rows(len(prompts), mesh, rules)
     tokens = np.zeros((rows, _bucket(max(map(len, prompts)) + 1)), np.int32)
@@ -200,11 +201,13 @@ def _grown(cache: Cache, length: int) -> Cache:
     return {"key": pad(cache["key"]), "value": pad(cache["value"]), "length": cache["length"]}
 
 
-def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
     if not prompts:
         raise ConfigError("no prompts to continue")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    if not 0 <= seed < 1 << 32:  # jax.random.key would drop the higher bits
+        raise ConfigError(f"seed = {seed}: must be from 0 to {(1 << 32) - 1}")
     vocab_size = model.config.vocab_size
     for row, prompt in enumerate(prompts):
         for token in prompt:

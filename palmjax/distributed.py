@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ import traceback
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from palmjax.config import ConfigError
 
@@ -114,6 +116,25 @@ def _check_flags(address: str | None, count: int | None, index: int | None) -> N
 def _is_tpu_pod() -> bool:
     """Whether GKE says that this host is one of several of a TPU slice."""
     return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def agree(what: str, digest: str) -> None:
+    """Raises ConfigError on a process whose `digest` (any text that stands for `what`) is not that of process 0.
+
+    All processes of a job call it, in the same order. Different programs would hang in their first collective, and
+    different data would train without a word. One process has nobody to agree with.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    # Hashed: the collective needs one size everywhere, and calls in another order must differ too.
+    mine = np.frombuffer(hashlib.sha256(f"{what}\0{digest}".encode()).digest(), np.uint8)
+    if not np.array_equal(multihost_utils.broadcast_one_to_all(mine), mine):
+        raise ConfigError(
+            f"process {jax.process_index()} has other {what} than process 0: start all processes of a job "
+            "with the same command, code and shared folders"
+        )
 
 
 # --- the end -------------------------------------------------------------------------------------------------------

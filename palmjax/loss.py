@@ -54,7 +54,7 @@ class CrossEntropy(LossPart):
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cross-entropy (nats), log Z and whether the target is the argmax, each float32 [B, T].
+    """Cross-entropy (nats), log Z and whether the target is the argmax (1/n for one of n tied), each float32 [B, T].
 
     logits: float32 [B, T, V], its vocabulary may be sharded; targets: int32 [B, T]. No gather: the target's logit is
     picked by comparison, which a sharded vocabulary sums over like any other reduction.
@@ -63,7 +63,8 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.
     log_z = jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)) + top
     vocabulary = sharding.constrain(jnp.arange(logits.shape[-1]), ("vocab",))
     chosen = jnp.sum(jnp.where(vocabulary == targets[..., None], logits, 0.0), axis=-1)
-    return log_z - chosen, log_z, (chosen == top).astype(jnp.float32)
+    tied = jnp.sum((logits == top[..., None]).astype(jnp.float32), axis=-1)
+    return log_z - chosen, log_z, jnp.where(chosen == top, 1.0 / tied, 0.0)
 
 
 def token_sums(logits: jax.Array, batch: Batch) -> Sums:

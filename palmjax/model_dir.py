@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import logging
 import os
 import re
@@ -24,12 +25,22 @@ logger = logging.getLogger(__name__)
 
 
 def as_path(path: str | os.PathLike[str]) -> Any:
-    """A pathlib path, or etils' equal of it for gs:// and other remote folders."""
+    """A pathlib path, or etils' equal of it for gs:// and other remote folders.
+
+    Raises ConfigError for a scheme that etils does not know, and for gs:// without its client library.
+    """
     if "://" not in str(path):
         return Path(path).expanduser().absolute()
+    if str(path).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError(f"{path} needs the client of Google Cloud Storage: pip install 'palmjax[gcs]'")
+    # etils would take TensorFlow for gs:// wherever it is installed, and import it for ten seconds.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     from etils import epath
 
-    return epath.Path(path)
+    try:
+        return epath.Path(path)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{path} can't be opened: {error} is not a scheme that etils knows") from error
 
 
 def _missing(path: Any) -> str | None:
@@ -43,6 +54,19 @@ def _steps(model_dir: Any) -> list[int]:
         return []
     found = [m for p in model_dir.iterdir() if (m := re.fullmatch(rf"{PREFIX}(\d+)", p.name))]
     return sorted(int(m[1]) for m in found if _missing(model_dir / m[0]) is None)
+
+
+def set_broken_aside(model_dir: Any) -> None:
+    """Renames checkpoints that lost a part to `broken_checkpoint_N.<time>`, so that step N can be saved again.
+
+    Local folders only: an object store cannot rename, and a save there is whole or absent.
+    """
+    if not isinstance(model_dir, Path):
+        return
+    for path in _children(model_dir):
+        if re.fullmatch(rf"{PREFIX}\d+", path.name) and (part := _missing(path)) is not None:
+            logger.warning("%s is not whole (%s is missing): set aside", path, part)
+            path.rename(path.with_name(f"broken_{path.name}.{time.time_ns()}"))
 
 
 def newest(model_dir: str | os.PathLike[str]) -> int | None:

@@ -199,10 +199,11 @@ class Adafactor(ScheduledOptimizer):
         _require(self.min_parameter_scale >= 0, self, "min_parameter_scale", "0 or more")
         _require(clip is None or clip > 0, self, "clip_threshold", "above 0, or None for no clip")
 
-    def build(self, axes: Any) -> optax.GradientTransformation:
+    def build(self, axes: Any) -> optax.GradientTransformationExtraArgs:
         """The transformation for parameters whose logical axes are `axes`, a tree of tuples of names.
 
-        `update` needs the parameters, and returns what is to be added to them.
+        `update` needs the parameters, and returns what is to be added to them. step: the run's, for the schedule; by
+        default the number of updates made.
         """
         stacked = jax.tree.map(_stacked_dims, axes, is_leaf=_is_axes)
         schedule = self.schedule.build()
@@ -211,9 +212,12 @@ class Adafactor(ScheduledOptimizer):
             moment = jax.tree.map(lambda p: jnp.zeros_like(p, _wide_dtype(p)), params)
             return AdafactorState(jnp.zeros((), jnp.int32), moment, jax.tree.map(jnp.zeros_like, moment))
 
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdafactorState]:
+        def update(
+            updates: Any, state: Any, params: Any = None, *, step: Any = None, **_: Any
+        ) -> tuple[Any, AdafactorState]:
             assert params is not None, "Adafactor's update is relative to the parameters: pass them"
-            lr = schedule(state.step)
+            # b2 follows the moments' own age, which an initial checkpoint's step would overstate.
+            lr = schedule(state.step if step is None else step)
             mixing = _count(state.step) ** -self.decay_exponent  # 1 - b2, without the cancellation
             decay = 0.0 if self.weight_decay_lr_exponent is None else lr**self.weight_decay_lr_exponent
 
@@ -225,7 +229,7 @@ class Adafactor(ScheduledOptimizer):
             deltas, m, v = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), results)
             return deltas, AdafactorState(state.step + 1, m, v)
 
-        return optax.GradientTransformation(init, update)
+        return optax.GradientTransformationExtraArgs(init, update)
 
     def _update_one(
         self, p: jax.Array, g: jax.Array, m: jax.Array, v: jax.Array, stack: int, lr: Any, mixing: Any, decay: Any
@@ -265,15 +269,22 @@ class AdamW(ScheduledOptimizer):
         _require(self.epsilon > 0, self, "epsilon", "above 0")
         _require(self.weight_decay >= 0, self, "weight_decay", "0 or more")
 
-    def build(self, axes: Any) -> optax.GradientTransformation:
-        """The transformation for float32 parameters whose logical axes are `axes`, a tree of tuples of names."""
-        adamw = optax.adamw(
-            self.schedule.build(),
-            b1=self.beta1,
-            b2=self.beta2,
-            eps=self.epsilon,
-            weight_decay=self.weight_decay,
-            mask=jax.tree.map(lambda names: len(names) - _stacked_dims(names) > 1, axes, is_leaf=_is_axes),
+    def build(self, axes: Any) -> optax.GradientTransformationExtraArgs:
+        """The transformation for float32 parameters whose logical axes are `axes`, a tree of tuples of names.
+
+        step: as in Adafactor's.
+        """
+        schedule = self.schedule.build()
+        matrices = jax.tree.map(lambda names: len(names) - _stacked_dims(names) > 1, axes, is_leaf=_is_axes)
+        direction = optax.chain(
+            optax.stateless(lambda gradients, params: clip_by_global_norm(gradients, self.clip_by_global_norm)),
+            optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.epsilon),
+            optax.add_decayed_weights(self.weight_decay, mask=matrices),
         )
-        clip = optax.stateless(lambda gradients, params: clip_by_global_norm(gradients, self.clip_by_global_norm))
-        return optax.chain(clip, adamw)
+
+        def update(updates: Any, state: Any, params: Any = None, *, step: Any = None, **_: Any) -> tuple[Any, Any]:
+            lr = schedule(state[1].count if step is None else step)
+            deltas, state = direction.update(updates, state, params)
+            return jax.tree.map(lambda d: -lr.astype(d.dtype) * d, deltas), state
+
+        return optax.GradientTransformationExtraArgs(direction.init, update)

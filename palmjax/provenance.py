@@ -19,6 +19,8 @@ from palmjax.data import vocabulary as vocabularies
 from palmjax.data.vocabulary import Vocabulary
 
 FORMAT = 1
+PACKAGES = ("palmjax", "pallas_kernels", "tasks")
+"""The distribution's packages, installed side by side."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 
 
@@ -79,16 +81,26 @@ class RunInfo:
         return cls(data=DataPosition(**data), vocabulary=vocabularies.from_json(described["kind"], files), **value)
 
 
+def source_digest(root: Path) -> str:
+    """Digest of the names and bytes of every Python file in the `PACKAGES` below `root`, 16 hexadecimal digits.
+
+    Each file's name and content go in with their lengths, so that no two different trees are the same bytes.
+    """
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((root / package).rglob("*.py")):
+            for item in (file.relative_to(root).as_posix().encode(), file.read_bytes()):
+                digest.update(len(item).to_bytes(8, "little") + item)
+    return digest.hexdigest()[:16]
+
+
 @functools.cache
 def code_version() -> dict[str, str]:
-    """palmjax's version, a digest of its source files and, in a git checkout, the commit."""
-    package = Path(palmjax.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
-    version = {"palmjax": palmjax.__version__, "source": digest.hexdigest()[:16]}
-    if (package.parent / ".git").exists():
-        head = ["git", "-C", str(package.parent), "rev-parse", "--verify", "--quiet", "HEAD"]
+    """palmjax's version, a digest of the source files of `PACKAGES` and, in a git checkout, the commit."""
+    root = Path(palmjax.__file__).parent.parent
+    version = {"palmjax": palmjax.__version__, "source": source_digest(root)}
+    if (root / ".git").exists():
+        head = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
         try:
             commit = subprocess.run(head, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):  # no git here: the digest alone says what ran

@@ -96,8 +96,10 @@ def constrain(x: jax.Array, axes: Axes, where: str = "activation") -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
-def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes) -> jax.Array:
-    """`jnp.einsum` of two operands, computed in `x.dtype`, with the result laid out by the logical axes `out`.
+def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = None) -> jax.Array:
+    """`jnp.einsum` of two operands, multiplied in `x.dtype`, with the result laid out by the logical axes `out`.
+
+    dtype: of the result, `x.dtype` by default; float32 keeps what the products are accumulated in.
 
     What each operand must look like follows from `out`: a kept dimension has the result's layout, and a contracted one
     stays sharded only if both operands agree on it (tensor parallelism's row-wise product). So a weight sharded over
@@ -110,7 +112,7 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes) -> jax.Array:
     sizes = dict(zip(x_dims, x.shape, strict=True)) | dict(zip(w_dims, w.shape, strict=True))
     dims = _dims(out, [sizes[d] for d in result], equation)
     if dims is None:
-        return jnp.einsum(equation, x, w)
+        return jnp.einsum(equation, x, w, preferred_element_type=dtype)
     of_result = dict(zip(result, dims, strict=True))
     x_now, w_now = _current(x_dims, x), _current(w_dims, w)
     contracted = {d: x_now[d] for d in x_dims if d not in of_result and x_now[d] == w_now.get(d)}
@@ -124,7 +126,7 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes) -> jax.Array:
 
     x = jax.sharding.reshard(x, _as_spec([wanted(d) for d in x_dims]))
     w = jax.sharding.reshard(w, _as_spec([wanted(d) for d in w_dims]))
-    return jnp.einsum(equation, x, w, out_sharding=_as_spec(dims))
+    return jnp.einsum(equation, x, w, out_sharding=_as_spec(dims), preferred_element_type=dtype)
 
 
 def _current(letters: str, x: jax.Array) -> dict[str, tuple[str, ...]]:
@@ -136,11 +138,13 @@ def _current(letters: str, x: jax.Array) -> dict[str, tuple[str, ...]]:
 
 def take(table: jax.Array, ids: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
     """Rows `ids` of `table` [rows, width] in `dtype`, laid out by `axes`; the table's rows may stay sharded."""
-    table = table.astype(dtype)
+    # Cast behind the lookup, so that the gradients of a frequent row's thousands of occurrences add up in the table's
+    # own float32.
     if _active_sizes() is None:
-        return table[ids]
+        return table[ids].astype(dtype)
     table = jax.sharding.reshard(table, PartitionSpec(jax.typeof(table).sharding.spec[0], None))
-    return table.at[ids].get(out_sharding=out_spec(axes, (*ids.shape, table.shape[1]), "embedding lookup"))
+    placed = out_spec(axes, (*ids.shape, table.shape[1]), "embedding lookup")
+    return table.at[ids].get(out_sharding=placed).astype(dtype)
 
 
 def local(

@@ -30,7 +30,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 def build_step(
     loss: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     learning_rate: Callable[[jax.Array], jax.Array],
     *,
     microbatches: int = 1,
@@ -49,7 +49,8 @@ def build_step(
         gradients, sums = accumulate(loss, state.params, batch, key, microbatches)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        # The run's own step drives the schedule: behind an initial checkpoint the moments are younger than the run.
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, step=state.step)
         metrics = {
             "loss": sums["loss"] / weight,
             "z_loss": sums["z_loss"] / weight,
@@ -121,7 +122,7 @@ class Program:
 def program(experiment: Experiment, mesh: Mesh) -> Program:
     """The program of `experiment` on `mesh`. Raises ConfigError if a mesh axis does not divide a dimension."""
     model = experiment.model.build()
-    optimizer = experiment.optimizer.build(model.axes)
+    optimizer = optax.with_extra_args_support(experiment.optimizer.build(model.axes))
     step = build_step(
         experiment.loss.build(model),
         optimizer,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
+import hashlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from palmjax.metrics.startup import StartupClock
 
@@ -25,13 +25,18 @@ import jax  # noqa: E402 - the clock starts before the slow imports
 from palmjax import chips, distributed, guard, mesh, model_dir, provenance  # noqa: E402
 from palmjax.config import ConfigError, Experiment, section  # noqa: E402
 from palmjax.data import feed  # noqa: E402
+from palmjax.data.order import Skips  # noqa: E402
 from palmjax.data.vocabulary import Vocabulary  # noqa: E402
 from palmjax.evaluation.heldout import HeldOut  # noqa: E402
-from palmjax.metrics import Recorder, Throughput  # noqa: E402
+from palmjax.metrics import Recorder, Throughput, read_metrics  # noqa: E402
 from palmjax.models.account import account, parameter_table  # noqa: E402
 from palmjax.models.api import LanguageModel  # noqa: E402
 from palmjax.state import TrainState  # noqa: E402
 from palmjax.step import Program, Step, program  # noqa: E402
+from palmjax.trained import enable_compilation_cache  # noqa: E402
+
+if TYPE_CHECKING:
+    from palmjax.checkpoint import Start
 
 
 @section
@@ -72,41 +77,44 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
     user can mend.
     """
     settings, folder = experiment.train, experiment.model_dir
-    primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(model_dir.lock(folder))
-        preemption = stack.enter_context(guard.Preemption())
+        agreed = "\n".join([*description.flat.values(), str(provenance.code_version())])
+        distributed.agree("gin files or code", hashlib.sha256(agreed.encode()).hexdigest())
 
         # ---- Data and the program; the step is compiled aside while the state is made ready ----
         placed = mesh.build(experiment.mesh)
         prog = program(experiment, placed)
         dataset = feed.open_dataset(experiment.train_dataset)
+        distributed.agree("token stores", dataset.fingerprint)
         length, sizes = dataset.sequence_length, dataset.batch_sizes()
         for rows in sizes:
             _check_batch(prog, rows, length, settings.microbatches)
-        _check_vocabulary(prog.model, dataset)
         heldout = HeldOut.open(experiment, prog.model, placed)
+        _check_vocabulary(prog.model, dataset, heldout)
         clock.mark("data")
+        if _is_done(folder, settings.steps):
+            print(f"{folder} has all of TRAIN_STEPS = {settings.steps}; raise it to go on", file=sys.stderr)
+            return 0
         pool = stack.enter_context(ThreadPoolExecutor(1, "palmjax-compile"))
         steps = Steps(prog, length, dataset.batch_size(model_dir.newest(folder) or 0), pool)
+        if heldout is not None:
+            pool.submit(heldout.compile, prog.abstract_state.params)
 
         # ---- State: own checkpoint, initial checkpoint, scratch ----
         from palmjax import checkpoint  # Orbax: half a second that the compiler's thread runs through
 
-        saver = checkpoint.Checkpointer(folder, experiment.checkpoint.save)
+        saver = stack.enter_context(checkpoint.Checkpointer(folder, experiment.checkpoint.save))
         initial = experiment.checkpoint.restore.path
         start = checkpoint.start(folder, initial, prog.abstract_state, prog.initial_state, dataset.vocabulary)
         state, first = start.state, int(start.state.step)
-        skips = start.info.data.skips if start.info and start.resumed else ()
+        skips = _skips(start, dataset, first)
         clock.mark("state")
-        if first >= settings.steps:
-            print(f"{start.origin} has all of TRAIN_STEPS = {settings.steps}; raise it to go on", file=sys.stderr)
-            return 0
 
         # ---- What a run leaves behind ----
         axes = dict(placed.shape)
         cost = account(prog.model.config, length)
-        if primary:
+        if jax.process_index() == 0:
             _write(folder, "config.gin", description.operative)
             _write(folder, "model-info.txt", parameter_table(prog.model.config, axes, experiment.sharding))
         recorder = stack.enter_context(
@@ -117,7 +125,7 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
                 start_step=first,
                 log_period=settings.log_period,
                 tensorboard=settings.tensorboard,
-                is_primary=primary,
+                is_primary=jax.process_index() == 0,
             )
         )
         for line in (f"{cost.parameters:,} parameters on {_mesh_text(placed)}", dataset.describe()):
@@ -145,23 +153,29 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
         def evaluate(step: int, state: TrainState, max_batches: int | None) -> None:
             if heldout is None:
                 return
+            # Scores of a part and of the whole are not points of one curve.
+            part = settings.eval_steps is not None and max_batches is None
+            name = f"{heldout.task}_all" if part else heldout.task
             with recorder.paused():
                 began = time.perf_counter()
                 result = heldout.run(state.params, max_batches)
-                recorder.evaluation(step, heldout.task, result.metrics(), seconds=time.perf_counter() - began)
+                recorder.evaluation(step, name, result.metrics(), seconds=time.perf_counter() - began)
 
         # ---- The loop ----
+        preemption = stack.enter_context(guard.Preemption())
+        profile = stack.enter_context(Profile(settings.profile_steps, folder))
         batches = stack.enter_context(
-            feed.Feed(dataset, prog.batch_sharding(sizes[0], length), first, settings.steps, skips)
+            feed.Feed(dataset, prog.batch_sharding(sizes[0], length), first, max(first, settings.steps), skips)
         )
-        compiled = steps[dataset.batch_size(first)]
+        if first < settings.steps:
+            steps[dataset.batch_size(first)]
         clock.mark("compile")
         blocked = waited = 0.0
         for step in range(first, settings.steps):
-            with _profiled(settings.profile_steps, step, folder):
-                batch = next(batches)
-                compiled = steps[dataset.batch_size(step)]
-                state, metrics = compiled(state, batch)
+            profile.before(step)
+            batch = next(batches)
+            state, metrics = steps[dataset.batch_size(step)](state, batch)
+            profile.after(step, metrics)
             tokens = dataset.batch_size(step) * length
             recorder.record(
                 step + 1, metrics, tokens=tokens, data_wait=batches.seconds_waited - waited, checkpoint_block=blocked
@@ -173,28 +187,86 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
                 recorder.message(clock.describe())
                 recorder.event("first step", step=done, seconds=clock.seconds)
             stop = preemption.reached(done)
+            # Before the save: a run that is killed in between evaluates again instead of never.
+            if settings.eval_period and done % settings.eval_period == 0 and done < settings.steps:
+                evaluate(done, state, settings.eval_steps)
             if saver.should_save(done) or done == settings.steps or stop:
+                recorder.flush()  # the line of this step is on disk before its checkpoint can be
                 began = time.perf_counter()
                 saver.save(done, state, info(done))
                 blocked = time.perf_counter() - began
             saver.check()
             if stop:
-                recorder.flush()
-                saver.close()
+                saver.wait()
                 recorder.event("preempted", step=done)
                 recorder.message(f"asked to stop: checkpoint_{done} is saved; run the same command again to go on")
                 return guard.EXIT_PREEMPTED
-            if settings.eval_period and done % settings.eval_period == 0 and done < settings.steps:
-                evaluate(done, state, settings.eval_steps)
 
-        # ---- The end ----
+        # ---- The end: the whole held-out split, and a sample ----
         recorder.flush()
-        saver.close()
+        saver.wait()
         evaluate(settings.steps, state, None)
         if settings.sample_prompt is not None:
             recorder.message(_sample(experiment, prog, state, dataset.vocabulary))
         recorder.event("done", step=settings.steps)
     return 0
+
+
+class Profile:
+    """A trace of steps `first` to `last` in MODEL_DIR/profile; a context manager, so that it is written whatever
+    ends.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, folder: str):
+        self._steps, self._folder, self._running = steps, folder, False
+
+    def before(self, step: int) -> None:
+        if self._steps is not None and not self._running and self._steps[0] <= step <= self._steps[1]:
+            jax.profiler.start_trace(f"{self._folder}/profile")
+            self._running = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        """metrics: of the step just launched, waited for before the trace ends."""
+        if self._running and self._steps is not None and step >= self._steps[1]:
+            jax.block_until_ready(metrics)
+            self.__exit__()
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+
+def _is_done(folder: str, steps: int) -> bool:
+    """Whether an earlier run has come to its very end: the last step, the evaluation and the sample behind it."""
+    if model_dir.newest(folder) != steps:
+        return False
+    try:
+        return any(row.get("event") == "done" and row.get("step") == steps for row in read_metrics(folder))
+    except ConfigError:  # no metrics: the checkpoint was copied here
+        return False
+
+
+def _skips(start: Start, dataset: feed.Dataset, first: int) -> Skips:
+    """The rows to pass over from here on, so that the data goes on where the checkpoint's run stood.
+
+    Another batch size counts rows in other steps, which an entry of its own makes up for. Raises ConfigError if it was
+    other data: going on would repeat some of it and leave some out.
+    """
+    if start.info is None or not start.resumed:
+        return ()
+    data = start.info.data
+    if data.fingerprint != dataset.fingerprint:
+        raise ConfigError(
+            f"{start.origin} stands at row {data.first_row:,} of other data: files, vocabulary, mixture, "
+            "length, packing, seed or shuffling differ\n"
+            "to train on from its parameters, give INITIAL_CHECKPOINT_PATH and a new MODEL_DIR"
+        )
+    shift = data.first_row - dataset.first_row(first, data.skips)
+    return (*data.skips, (first, shift)) if shift else data.skips
 
 
 def _check_batch(prog: Program, rows: int, length: int, microbatches: int) -> None:
@@ -203,11 +275,16 @@ def _check_batch(prog: Program, rows: int, length: int, microbatches: int) -> No
     prog.batch_sharding(rows // microbatches, length)
 
 
-def _check_vocabulary(model: LanguageModel, dataset: feed.Dataset) -> None:
-    ids = model.config.vocab_size
-    if dataset.vocabulary.size > ids:
-        task, size = dataset.config.mixture_or_task_name, dataset.vocabulary.size
-        raise ConfigError(f"task {task!r} has {size:,} ids and the model only {ids:,}; set VOCAB_SIZE={size}")
+def _check_vocabulary(model: LanguageModel, dataset: feed.Dataset, heldout: HeldOut | None) -> None:
+    ids, own = model.config.vocab_size, dataset.vocabulary
+    task = dataset.config.mixture_or_task_name
+    if own.size > ids:
+        raise ConfigError(f"task {task!r} has {own.size:,} ids and the model only {ids:,}; set VOCAB_SIZE={own.size}")
+    if heldout is not None and heldout.vocabulary.fingerprint != own.fingerprint:
+        raise ConfigError(
+            f"the held-out task {heldout.task!r} has another vocabulary ({heldout.vocabulary.fingerprint}) "
+            f"than the training task {task!r} ({own.fingerprint})"
+        )
 
 
 def _throughput(cost: Any, placed: jax.sharding.Mesh) -> Throughput:
@@ -239,17 +316,6 @@ def _write(folder: str, name: str, text: str) -> None:
     (path / name).write_text(text)
 
 
-@contextlib.contextmanager
-def _profiled(steps: tuple[int, int] | None, step: int, folder: str) -> Iterator[None]:
-    """Traces steps `steps[0]` to `steps[1]` into MODEL_DIR/profile."""
-    if steps is not None and step == steps[0]:
-        jax.profiler.start_trace(f"{folder}/profile")
-    with jax.profiler.StepTraceAnnotation("train", step_num=step) if steps is not None else contextlib.nullcontext():
-        yield
-    if steps is not None and step == steps[1]:
-        jax.profiler.stop_trace()
-
-
 def _sample(experiment: Experiment, prog: Program, state: TrainState, vocabulary: Vocabulary) -> str:
     """The greedy continuation of the configured prompt."""
     from palmjax import decode
@@ -265,15 +331,7 @@ def _sample(experiment: Experiment, prog: Program, state: TrainState, vocabulary
         mesh=prog.mesh,
         rules=prog.rules,
     )
-    return f"sample: {prompt}{vocabulary.decode(found.tokens.tolist())}"
-
-
-def enable_compilation_cache(folder: str | None) -> None:
-    """Keeps compiled programs in `folder`, unless the environment names another (JAX_COMPILATION_CACHE_DIR)."""
-    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return f"sample: {prompt}{decode.continuation_text(vocabulary, ids, found.tokens.tolist())}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -290,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     distributed.add_flags(parser)
     options = parser.parse_args(rest)
     loaded = configure.load(flags.files, flags.bindings, flags.search_paths)
-    flat = dict(line.split(" = ", 1) for line in configure.describe(loaded.experiment).splitlines() if " = " in line)
+    flat = {name: repr(value) for name, value in loaded.flat().items()}
     enable_compilation_cache(loaded.experiment.train.compilation_cache)
     _clock.mark("imports")
     with distributed.session(options):

@@ -29,7 +29,7 @@ Patterns = str | tuple[str, ...]
 """One pattern of file names, or several."""
 
 
-def listed(patterns: Patterns) -> tuple[str, ...]:
+def listed(patterns: Patterns | list[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
@@ -68,7 +68,7 @@ def _remote_glob(pattern: str) -> list[str]:
     return tf.io.gfile.glob(pattern)
 
 
-def file_state(*groups: Patterns) -> list[Any]:
+def file_state(*groups: Patterns | list[str]) -> list[Any]:
     """Path, size and time of change of every file; of remote patterns the pattern only: looking needs TensorFlow."""
     patterns = [pattern for group in groups for pattern in listed(group)]
     local = tuple(pattern for pattern in patterns if not is_remote(pattern))

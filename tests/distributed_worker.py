@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
+import jax.experimental.multihost_utils
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
@@ -105,6 +106,16 @@ def work(options: argparse.Namespace) -> int:
     return 0
 
 
+def agree(options: argparse.Namespace) -> int:
+    """What all processes mean alike passes; in `data` the victim means something else."""
+    distributed.agree("code", "a digest of any length" * 100)
+    print("agreed on code", flush=True)
+    distributed.agree("data", "b" if jax.process_index() == options.victim else "a")
+    print("agreed on data", flush=True)
+    jax.experimental.multihost_utils.sync_global_devices("the end")
+    return 0
+
+
 def act(event: str) -> None:
     print(f"{event} now", flush=True)
     match event:
@@ -134,6 +145,8 @@ def main(argv: Sequence[str] | None) -> int:
     options = parser.parse_args(argv)
     distributed.HEARTBEAT_SECONDS = options.heartbeat
     with distributed.session(options):
+        if options.event == "agree":
+            return agree(options)
         return work(options)
 
 

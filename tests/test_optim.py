@@ -271,7 +271,7 @@ def test_moments_take_the_parameters_shardings() -> None:
                 optimizer.build(AXES).init(params),
                 run(optimizer, AXES, params, gradients)[1],
             ):
-                moments = [state.m, state.v] if isinstance(optimizer, Adafactor) else [state[1][0].mu, state[1][0].nu]
+                moments = [state.m, state.v] if isinstance(optimizer, Adafactor) else [state[1].mu, state[1].nu]
                 for moment in moments:
                     for name, leaf in moment.items():
                         assert jax.typeof(leaf).sharding == jax.typeof(params[name]).sharding, name

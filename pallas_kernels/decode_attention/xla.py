@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from pallas_kernels.attention.masks import Mask
 
 BLOCK = 256
-"""Entries a block. On CPU 128 to 256 are equal and larger ones slower to skip; measured with `benchmarks/decode.py`."""
+"""Entries a block. Smaller ones cost more calls, larger ones are read where little is filled: of 128, 256, 512 and 1024
+this was the best on CPU (`benchmarks/decode.py`).
+"""
 
 _Sums = tuple[jax.Array, jax.Array, jax.Array]
 """Online softmax, float32: largest score and sum of weights [B, K, G, Q], weighted values [B, K, G, Q, D]."""

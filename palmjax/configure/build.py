@@ -236,7 +236,7 @@ class Builder:
             if len(self.missing) == missing_before:
                 values[name] = self._checked(node, name)
         if len(self.missing) == missing_before:
-            node.instance = _construct(node, values)
+            node.instance = self._construct(node, values)
         return node
 
     def _evaluate(self, value: Any, scope: Scope, source: Statement, wanted: str, annotation: Any) -> Any:
@@ -274,23 +274,28 @@ class Builder:
             if not filled.statements:
                 raise TypeError(f"default of {node.cls.__qualname__}.{name}: {mismatch}") from None
             statement = filled.statements[0]
-            written, last = f"{statement} = {gin_text(statement.value)}", statement
-            while isinstance(last.value, Macro):
-                last = self.config.macro(last.value.name, last.where)
+            written, last = f"{statement} = {gin_text(statement.value)}", self._last(statement)
             plain = "" if last is statement else f" = {gin_text(last.value)}"
             raise ConfigError(f"{last.where}: {written}{plain}: {mismatch}") from None
 
+    def _last(self, statement: Statement) -> Statement:
+        """Where a value is written: the binding itself, or the macro at the end of its chain."""
+        while isinstance(statement.value, Macro):
+            statement = self.config.macro(statement.value.name, statement.where)
+        return statement
 
-def _construct(node: Node, values: dict[str, Any]) -> Any:
-    try:
-        return node.cls(**values)
-    except ValueError as error:
-        named = [
-            filled.statements[0].where
-            for name, filled in node.filled.items()
-            if filled.statements and re.search(rf"\b{name}\b", str(error))
-        ]
-        raise ConfigError(f"{(named or [node.where])[0]}: {node.cls.__name__}: {error}") from error
+    def _construct(self, node: Node, values: dict[str, Any]) -> Any:
+        try:
+            return node.cls(**values)
+        except ValueError as error:
+            cls, text = node.cls.__name__, str(error)
+            named = [
+                self._last(filled.statements[0]).where
+                for name, filled in node.filled.items()
+                if filled.statements and re.search(rf"\b{name}\b", text)
+            ]
+            what = text if text.startswith(f"{cls}.") else f"{cls}: {text}"
+            raise ConfigError(f"{(named or [node.where])[0]}: {what}") from error
 
 
 def _example(key: str, annotation: Any) -> str:

@@ -362,9 +362,11 @@ def _num_parts(task: Any, split: str, use_cached: bool) -> int:
 
 
 def _store_fingerprint(job: StoreJob, vocabulary: Vocabulary) -> str:
+    """What decides a store's content: of a task made from values those, of a task of a module the module's source."""
     mine = [part for part in job.tasks if part.name == job.task]
     values = [[index.values_of(part), index.content_of(part)] for part in mine]
-    return index.digest([FORMAT, job.task, job.split, job.use_cached, vocabulary.fingerprint, job.num_parts, values])
+    made = values or index.sources_of(job.modules)
+    return index.digest([FORMAT, job.task, job.split, job.use_cached, vocabulary.fingerprint, job.num_parts, made])
 
 
 def _documents(task: Any, job: StoreJob, part: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from palmjax.config import ConfigError, DatasetConfig, TaskPart
@@ -48,13 +49,40 @@ def content_of(part: TaskPart) -> str:
         raise ConfigError(f"task {part.name!r}: {error}") from error
 
 
+def sources_of(modules: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of each module's source file, "" for one that isn't found: what decides tasks that modules register.
+
+    Nothing is imported, neither the module (a task module loads TensorFlow) nor the packages it is in. What a module
+    itself imports doesn't count.
+    """
+    return {module: _source_digest(module) for module in sorted(set(modules))}
+
+
+def _source_digest(module: str) -> str:
+    name, folders, spec = "", None, None
+    for part in module.split("."):  # importlib.util.find_spec would import the packages
+        name = f"{name}.{part}".lstrip(".")
+        finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        spec = next((found for finder in finders if (found := finder.find_spec(name, folders))), None)
+        if spec is None:
+            return ""
+        folders = spec.submodule_search_locations
+    if spec is None or not spec.has_location or spec.origin is None:
+        return ""
+    try:
+        return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    except OSError:  # inside a zip file, for one: then its name decides, as for a module that isn't found
+        return ""
+
+
 def _entry_name(config: DatasetConfig) -> str:
+    made_from_values = any(part.name == config.mixture_or_task_name for part in config.tasks)
     identity = {
         "format": FORMAT,
         "name": config.mixture_or_task_name,
         "split": config.split,
         "use_cached": config.use_cached,
-        "modules": sorted(config.modules),
+        "modules": sorted(config.modules) if made_from_values else sources_of(config.modules),
         "tasks": [values_of(part) for part in config.tasks],
     }
     return f"index/{digest(identity)}.json"

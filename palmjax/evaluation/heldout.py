@@ -35,7 +35,8 @@ class Result:
     """Sums over the scored tokens: those with weight.
 
     nats: of cross-entropy. log_z_squared: of log(Z)^2, what z-loss is a multiple of. tokens: how many, by weight.
-    correct: of them, targets that were the argmax. bytes: UTF-8 bytes that the targets stand for; EOS stands for none.
+    correct: targets that were the argmax (1/n for one of n tied). bytes: of UTF-8 text that the targets stand for; EOS
+    stands for none.
     """
 
     nats: float
@@ -95,7 +96,7 @@ class HeldOut:
 
     @classmethod
     def open(cls, experiment: Experiment, model: LanguageModel, mesh: Mesh) -> HeldOut | None:
-        """Of the experiment's evaluation dataset; None if it has none. Raises ConfigError as `feed.open_dataset` too."""
+        """Of the experiment's evaluation dataset; None if it has none. Raises ConfigError if that can't be opened."""
         config = experiment.train_eval_dataset
         return None if config is None else cls(feed.open_dataset(config), model, mesh, experiment.sharding)
 

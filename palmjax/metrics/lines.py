@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -55,14 +57,19 @@ def drop_after(path: str, step: int) -> int:
     if not os.path.exists(path):
         return 0
     partial, dropped = path + ".partial", 0
-    with open(path, "rb") as lines, open(partial, "wb") as kept:
-        for line in lines:
-            if survives(line, step):
-                kept.write(line)
-            else:
-                dropped += 1
-        kept.flush()
-        os.fsync(kept.fileno())
+    try:
+        with open(path, "rb") as lines, open(partial, "wb") as kept:
+            for line in lines:
+                if survives(line, step):
+                    kept.write(line)
+                else:
+                    dropped += 1
+            kept.flush()
+            os.fsync(kept.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(partial)  # on a full disk it is in the way
+        raise
     if dropped:
         os.replace(partial, path)
     else:
@@ -70,19 +77,39 @@ def drop_after(path: str, step: int) -> int:
     return dropped
 
 
+@contextlib.contextmanager
+def _writable(path: str) -> Iterator[None]:
+    """Makes a disk that is full, or not to be written, a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free space" if full else "mend that"
+        raise ConfigError(
+            f"{path} can't be written: {error.strerror or error}; {advice} and run the same command again"
+        ) from error
+
+
 class JsonLines:
-    """Appends one JSON object a line; a line is with the operating system, safe from a kill, when `write` returns."""
+    """Appends one JSON object a line; a line is with the operating system, safe from a kill, when `write` returns.
+
+    Makes the folder. Raises ConfigError if the file can't be written. A line that a full disk has cut short is dropped
+    by the next process, as any torn line is.
+    """
 
     def __init__(self, path: str, start_step: int):
         self._path = path
-        drop_after(path, start_step)
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        with _writable(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            drop_after(path, start_step)
+            # No buffer: after a failure nothing is left that would fail once more in `close`.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, record: Mapping[str, Any]) -> None:
-        try:
-            self._file.write(encode(record))
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._path) from error
+        line = encode(record).encode()
+        with _writable(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def flush(self) -> None:
         """Nothing is held back."""

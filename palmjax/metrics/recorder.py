@@ -43,11 +43,12 @@ class Recorder:
 
     model_dir: gets metrics.jsonl, train/ and training_eval/<task>/. On a remote folder (gs://), which can't be appended
     to, the lines lie in part files in metrics/; a thread uploads them and TensorBoard's files at the given pace, and a
-    network that fails is reported and never ends the run. `read_metrics` reads either. start_step: steps already done
-    when this process begins; what a killed process logged of later steps is removed. log_period: steps between lines
-    of the log and between TensorBoard's points (the JSON lines have every step). is_primary: only this process writes;
-    the others fetch the same numbers at the same time and return them. stream: of the console, standard error by
-    default.
+    network that fails is reported and never ends the run. `read_metrics` reads either. A local metrics.jsonl that can't
+    be written (a full disk) is a ConfigError; TensorBoard's files that can't be are one message, and the run goes on.
+    start_step: steps already done when this process begins; what a killed process logged of later steps is removed.
+    log_period: steps between lines of the log and between TensorBoard's points (the JSON lines have every step).
+    is_primary: only this process writes; the others fetch the same numbers at the same time and return them. stream: of
+    the console, standard error by default.
 
     A step's JSON line: kind "train", step (steps done after it), each metric, tokens, seconds (between
     the completion of the step before and its own), tokens_per_second, mfu, hfu, data_wait, checkpoint_block (seconds).
@@ -84,12 +85,11 @@ class Recorder:
             out = stream or sys.stderr
             folder = as_path(model_dir)
             if isinstance(folder, Path):
-                folder.mkdir(parents=True, exist_ok=True)
                 self._lines = JsonLines(str(folder / FILE), start_step)
             else:
                 self._lines = RemoteLines(folder, start_step, self.message, pace)
                 folder = self._lines.spool
-            self._board = TensorBoard(str(folder), start_step) if tensorboard else None
+            self._board = TensorBoard(str(folder), start_step, self.message) if tensorboard else None
             self._every_step_shown = out.isatty() and os.environ.get("TERM") != "dumb"
             self._console = Bar(out, total_steps, start_step) if self._every_step_shown else Lines(out, total_steps)
 

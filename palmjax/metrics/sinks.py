@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
-from typing import IO, Protocol
+from collections.abc import Callable, Mapping
+from typing import IO, Any, Protocol
 
 # ----------------------------------------------------------------------------------------------- TensorBoard
 
@@ -15,20 +16,24 @@ from typing import IO, Protocol
 class TensorBoard:
     """Writes scalars under <folder>/<run> from a thread of its own, which imports tensorboardX at the first of them.
 
-    One event costs some 50 us of Python, too much for the loop. What fails in the thread is raised by the next call.
+    One event costs some 50 us of Python, too much for the loop. Files that can't be written (a full disk) are reported
+    once, and there are no more of them; whatever else fails in the thread is raised by the next call.
     """
 
-    def __init__(self, folder: str, start_step: int):
-        self._folder = folder
+    def __init__(self, folder: str, start_step: int, report: Callable[[str], None]):
+        self._folder, self._report = folder, report
         # TensorBoard hides what an earlier, killed process logged from this step on.
         self._purge_step = start_step + 1 if start_step else None
         self._queue: queue.SimpleQueue[tuple[str, int, float, dict[str, float]] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._writable = True
         self._thread = threading.Thread(target=self._run, name="tensorboard", daemon=True)
         self._thread.start()
 
     def scalars(self, run: str, step: int, values: Mapping[str, float | None]) -> None:
         self._raise()
+        if not self._writable:
+            return
         self._queue.put((run, step, time.time(), {tag: value for tag, value in values.items() if value is not None}))
 
     def close(self) -> None:
@@ -41,22 +46,51 @@ class TensorBoard:
             raise self._error
 
     def _run(self) -> None:
-        writers = {}
+        writers: dict[str, Any] = {}
         try:
             while (item := self._queue.get()) is not None:
                 run, step, when, values = item
                 if run not in writers:
-                    from tensorboardX import SummaryWriter
-
-                    folder = os.path.join(self._folder, run)
-                    writers[run] = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=10)
-                for tag, value in values.items():
-                    writers[run].add_scalar(tag, value, step, walltime=when)
-        except BaseException as error:
-            self._error = error
-        finally:
+                    writers[run] = self._open(run)
+                _write_scalars(writers[run], step, when, values)
             for writer in writers.values():
                 writer.close()
+        except OSError as error:
+            self._writable = False
+            reason = error.strerror or error
+            with contextlib.suppress(OSError, ValueError):  # a console that is gone as well
+                self._report(
+                    f"TensorBoard's files in {self._folder} can't be written: {reason}; the run goes on without them"
+                )
+            for writer in writers.values():
+                with contextlib.suppress(OSError):  # what is in its buffer fails once more
+                    writer.close()
+        except BaseException as error:
+            self._error = error
+
+    def _open(self, run: str) -> Any:
+        # Not SummaryWriter: it writes from a thread of its own, and when that dies of a full disk, the next calls and
+        # the process's end wait for it forever (tensorboardX 2.6).
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+        folder = os.path.join(self._folder, run)
+        os.makedirs(folder, exist_ok=True)
+        writer = EventsWriter(os.path.join(folder, "events"))
+        if self._purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            writer.write_event(Event(step=self._purge_step, wall_time=time.time(), session_log=start))
+        return writer
+
+
+def _write_scalars(writer: Any, step: int, when: float, values: Mapping[str, float]) -> None:
+    """One event for each value, with the operating system when this returns."""
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.summary import scalar
+
+    for tag, value in values.items():
+        writer.write_event(Event(step=step, wall_time=when, summary=scalar(tag, value)))
+    writer.flush()
 
 
 # --------------------------------------------------------------------------------------------------- console

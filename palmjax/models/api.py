@@ -84,7 +84,8 @@ class LanguageModel:
         """float32 logits [B, T, V] of hidden states [B, T, D]; the padding of the vocabulary is masked out."""
         out: Axes = ("batch", "length", "vocab")
         table = params["token_embedder"]["embedding"]
-        logits = sharding.einsum("BTD,VD->BTV", hidden, table, out=out).astype(jnp.float32) * self.config.d_model**-0.5
+        # Not rounded to the compute dtype on the way: bfloat16 logits tie, and cost hundredths of a nat.
+        logits = sharding.einsum("BTD,VD->BTV", hidden, table, out=out, dtype=jnp.float32) * self.config.d_model**-0.5
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
         real = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size

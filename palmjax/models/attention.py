@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import Mask, attention
+from pallas_kernels.attention import Mask, attention, explain
 from pallas_kernels.decode_attention import decode_attention
 from palmjax import sharding
-from palmjax.config import ConfigError, Part, section
+from palmjax.config import ConfigError, Part, require, section
 from palmjax.models.layers import Dense
 from palmjax.models.positions import PositionsPart, RoPE
 from palmjax.sharding import Axes
@@ -45,6 +45,13 @@ class Attention(AttentionPart):
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        for field in ("num_heads", "num_kv_heads", "head_dim"):
+            require(getattr(self, field) >= 1, self, field, "1 or more")
+        require(self.window is None or self.window >= 1, self, "window", "1 or more, or None for all keys")
+        try:
+            explain(self.impl)
+        except ValueError as error:
+            raise ConfigError(f"Attention.impl = {self.impl!r}: {error}") from error
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"Attention.num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}"

@@ -17,11 +17,19 @@ from palmjax.sharding import Axes
 RESIDUAL: Axes = ("batch", "length", "residual")
 
 
+def keep_all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A `jax.checkpoint` policy: keep everything but weights gathered over fsdp (and casts, which lead up to them).
+
+    The scan over layers would stack what is kept: the whole unsharded model on every device.
+    """
+    return primitive.name not in ("reshard", "convert_element_type")
+
+
 class RematPart(Part):
     """What a block keeps from its forward pass for its backward pass.
 
-    `build()` returns a `jax.checkpoint` policy for the whole block, or None to checkpoint no block. `matmuls_again` and
-    `attention_again` are the shares of a block's forward FLOPs that the backward pass computes once more.
+    `build()` returns the `jax.checkpoint` policy of a block. `matmuls_again` and `attention_again` are the shares of a
+    block's forward FLOPs that the backward pass computes once more.
     """
 
     attention_only: ClassVar[bool] = False
@@ -29,7 +37,7 @@ class RematPart(Part):
     attention_again: ClassVar[float] = 1.0
 
     def build(self) -> Any:
-        return None
+        return keep_all_but_gathers
 
 
 @section
@@ -180,10 +188,8 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rows: Any, cache: Any, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
         c = self.config
-        block = c.block.build()
-        policy = None if c.remat is None else c.remat.build()
-        if policy is not None:
-            block = nn.remat(block, policy=policy, prevent_cse=False)
+        policy = keep_all_but_gathers if c.remat is None else c.remat.build()
+        block = nn.remat(c.block.build(), policy=policy, prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

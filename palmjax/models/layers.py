@@ -16,7 +16,7 @@ from flax import struct
 from flax.core import meta
 
 from palmjax import sharding
-from palmjax.config import Part, section
+from palmjax.config import Part, require, section
 from palmjax.sharding import Axes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Axes], jax.Array]
@@ -135,6 +135,9 @@ class SwiGLU(FeedForwardPart):
     """swish(x W0) * (x W1), then Wo, three matrices without biases (Shazeer 2020; PaLM section 2)."""
 
     d_ff: int
+
+    def __post_init__(self) -> None:
+        require(self.d_ff >= 1, self, "d_ff", "1 or more")
 
     def build(self, name: str) -> nn.Module:
         return SwiGLUModule(self.d_ff, name=name)

@@ -42,6 +42,7 @@ def test_a_field_without_binding_or_default_is_not_set(load) -> None:
     [
         ("TRAIN_STEP=3", "macro TRAIN_STEP is never used; nearest: TRAIN_STEPS"),
         ("TRAIN_STEPS=1O0", "TrainConfig.steps = %TRAIN_STEPS = '1O0': expected int, got str '1O0'"),
+        ("TRAIN_STEPS=-5", "TrainConfig.steps = -5: must be 1 or more"),
         ("MODEL_DIR=12", "Experiment.model_dir = %MODEL_DIR = 12: expected str, got int 12 (quote it)"),
         ("MODEL_DIR=a b", "cannot read 'MODEL_DIR=a b' as gin; quote a string"),
         ("TrainConfig.tensorboard=no", "TrainConfig.tensorboard = 'no': expected bool, got str 'no'"),
@@ -76,6 +77,31 @@ def test_palmjax_comes_before_a_users_class_of_the_same_name(load, twins) -> Non
         load("import twin_one\nExperiment.model = @twin_one.RoPE()\nRoPE.x = 1")
     with pytest.raises(ConfigError, match="expected ModelPart, got RoPE"):
         load("import twin_one\nExperiment.model = @twin_one.RoPE()\ntwin_one.RoPE.x = 2")
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("Attention.num_heads=0", "Attention.num_heads = 0: must be 1 or more"),
+        ("Attention.num_kv_heads=0", "Attention.num_kv_heads = 0: must be 1 or more"),
+        ("Attention.head_dim=0", "Attention.head_dim = 0: must be 1 or more"),
+        ("Attention.window=0", "Attention.window = 0: must be 1 or more, or None for all keys"),
+        ("Attention.impl='flash'", "Attention.impl = 'flash': attention: unknown implementation 'flash'; there is"),
+        ("SwiGLU.d_ff=0", "SwiGLU.d_ff = 0: must be 1 or more"),
+        ("RANDOM_SEED=100000000000000000000000", "DatasetConfig.seed = 100000000000000000000000: must be from 0 to"),
+    ],
+)
+def test_a_bound_of_a_shipped_experiment_names_the_place(binding: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        configure.load(["exp/palm_stdlib.gin"], [binding])
+    assert str(raised.value).startswith(f"--gin.{binding.partition('=')[0]}: {message}")
+    assert "\n" not in str(raised.value)
+
+
+def test_the_outermost_values_of_every_bound_are_accepted() -> None:
+    bindings = ["SaveCheckpointConfig.keep=None", "RANDOM_SEED=4294967295", "TRAIN_STEPS=1", "EVAL_STEPS=1"]
+    bindings += ["TrainConfig.profile_steps=(3, 3)", "Attention.window=1", "Attention.impl='xla'", "SwiGLU.d_ff=1"]
+    assert configure.load(["exp/palm_stdlib.gin"], bindings).experiment.train.seed == 2**32 - 1
 
 
 def test_a_file_that_is_not_text(tmp_path) -> None:

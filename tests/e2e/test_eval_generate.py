@@ -53,6 +53,25 @@ def test_eval_gives_the_numbers_of_training_on_any_mesh(undisturbed, tmp_path):
             assert other[name] == pytest.approx(one[name], rel=1e-5), name
 
 
+def test_two_processes_give_the_numbers_of_one(undisturbed):
+    def launched(verb: str, *flags: str) -> str:
+        """What process 0 prints on standard output; the launcher puts its number before each line."""
+        command = [sys.executable, "-m", "launch.local", "--processes", "2", "--devices", "2", "--", verb]
+        given = [*command, "--checkpoint", str(undisturbed), *SQUARE, *flags]
+        done = subprocess.run(given, env=jobs.environment(), cwd=jobs.ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        (line,) = [line for line in done.stdout.splitlines() if "] {" in line]
+        assert line.startswith("[0] ")
+        return line.removeprefix("[0] ")
+
+    one, two = evaluated("--checkpoint", str(undisturbed)), json.loads(launched("eval", "--json"))
+    assert (two["tokens"], two["bytes"]) == (one["tokens"], one["bytes"])
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    flags = ["--prompt", "the ", "--max_new_tokens", "32"]
+    (text,) = generated("--checkpoint", str(undisturbed), *flags)
+    assert json.loads(launched("generate", "--json", *flags))["tokens"] == text["tokens"]
+
+
 def test_eval_prints_for_people_and_takes_any_checkpoint(undisturbed, capfd):
     assert cli.main(["eval", "--checkpoint", str(undisturbed / "checkpoint_5"), "--max_batches", "2"]) == 0
     early = capfd.readouterr().out

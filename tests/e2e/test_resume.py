@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 
+from palmjax.checkpoint import read_info
 from tests.e2e import jobs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -65,6 +67,28 @@ def test_another_mesh_goes_on_with_the_same_data(job, undisturbed, tmp_path):
     want, got = jobs.losses(undisturbed), jobs.losses(folder)
     for step in range(1, 41):
         assert got[step] == pytest.approx(want[step], rel=1e-5 if step < 20 else 1e-3), step
+
+
+def test_other_data_is_refused_and_another_batch_size_goes_on_at_the_same_row(job, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    job.run(folder, "TRAIN_STEPS=10")
+    error = job.run(folder, "RANDOM_SEED=1", code=2)
+    assert "other data" in error and "INITIAL_CHECKPOINT_PATH" in error
+    job.run(folder, "BATCH_SIZE=32", "TRAIN_STEPS=12", "SaveCheckpointConfig.period=12")
+    assert read_info(folder / "checkpoint_12").data.first_row == 10 * 16 + 2 * 32
+    two_steps = np.mean([jobs.losses(undisturbed)[step] for step in (11, 12)])
+    assert jobs.losses(folder)[11] == pytest.approx(two_steps, abs=0.2)
+
+
+def test_a_run_that_died_before_its_last_evaluation_makes_up_for_it(job, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(r for r in rows if '"eval"' not in r and '"done"' not in r))
+    job.run(folder)
+    (again,), (first,) = (jobs.metrics(f, "eval") for f in (folder, undisturbed))
+    assert again["bits_per_byte"] == first["bits_per_byte"]
+    assert jobs.losses(folder) == jobs.losses(undisturbed)
 
 
 def test_an_initial_checkpoint_gives_parameters_and_step_but_no_moments(job, undisturbed, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import subprocess
 import tempfile
 import threading
 import time
@@ -29,6 +30,19 @@ def read_events() -> Callable[[Path], list[Any]]:
         return events
 
     return read
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 class Bucket:

@@ -1,6 +1,5 @@
 """JSON lines: the file after a kill, and reading a run back whatever form it has."""
 
-import contextlib
 import errno
 import json
 import math
@@ -62,6 +61,7 @@ def test_a_failed_rewrite_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="No space left"):
         drop_after(str(path), 1)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def test_a_line_is_on_disk_when_write_returns_and_is_strict_json(tmp_path: Path) -> None:
@@ -84,11 +84,17 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     writer = JsonLines(str(path), start_step=0)
     with open("/dev/full", "a") as full:
         os.dup2(full.fileno(), writer._file.fileno())
-    with pytest.raises(OSError, match=r"metrics\.jsonl") as caught:
+    with pytest.raises(ConfigError) as caught:
         writer.write({"step": 1})
-    assert caught.value.errno == errno.ENOSPC
-    with contextlib.suppress(OSError):  # what is left in Python's buffer fails once more
-        writer.close()
+    reason = "No space left on device; free space and run the same command again"
+    assert str(caught.value) == f"{path} can't be written: {reason}"
+    writer.close()
+
+
+def test_a_file_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl can't be written: Is a directory; mend that and run"):
+        JsonLines(str(tmp_path / "metrics.jsonl"), start_step=0)
 
 
 # ----------------------------------------------------------------------------------------------------- reading

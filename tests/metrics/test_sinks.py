@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pty
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 
 from palmjax.metrics import sinks
+
+
+def fail(text: str) -> None:
+    raise AssertionError(text)
 
 
 def scalars(events: list[Any]) -> dict[tuple[str, int], float]:
@@ -21,7 +26,7 @@ def scalars(events: list[Any]) -> dict[tuple[str, int], float]:
 
 
 def test_tensorboard_has_one_folder_a_run(tmp_path: Path, read_events: Callable[[Path], list[Any]]) -> None:
-    board = sinks.TensorBoard(str(tmp_path), start_step=0)
+    board = sinks.TensorBoard(str(tmp_path), start_step=0, report=fail)
     board.scalars("train", 10, {"loss": 2.5, "timing/mfu": None})
     board.scalars("training_eval/books", 10, {"loss": 2.75})
     board.close()
@@ -32,18 +37,28 @@ def test_tensorboard_has_one_folder_a_run(tmp_path: Path, read_events: Callable[
 def test_tensorboard_is_told_which_steps_a_resume_logs_again(
     tmp_path: Path, read_events: Callable[[Path], list[Any]]
 ) -> None:
-    board = sinks.TensorBoard(str(tmp_path), start_step=30)
+    board = sinks.TensorBoard(str(tmp_path), start_step=30, report=fail)
     board.scalars("train", 31, {"loss": 2.5})
     board.close()
     restarts = [event.step for event in read_events(tmp_path / "train") if event.HasField("session_log")]
     assert restarts == [31]
 
 
-def test_a_failure_in_tensorboards_thread_is_raised(tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_written_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "train").write_text("a file where the folder should be")
-    board = sinks.TensorBoard(str(tmp_path), start_step=0)
-    board.scalars("train", 1, {"loss": 1.0})
-    with pytest.raises(OSError):
+    said: list[str] = []
+    board = sinks.TensorBoard(str(tmp_path), start_step=0, report=said.append)
+    for step in range(1, 50):
+        board.scalars("train", step, {"loss": 1.0})
+        time.sleep(0.001)
+    board.close()
+    assert said == [f"TensorBoard's files in {tmp_path} can't be written: File exists; the run goes on without them"]
+
+
+def test_a_mistake_of_ours_in_tensorboards_thread_is_raised(tmp_path: Path) -> None:
+    board = sinks.TensorBoard(str(tmp_path), start_step=0, report=fail)
+    board.scalars("train", 1, {"loss": "not a number"})  # pyright: ignore[reportArgumentType]
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
         board.close()
 
 

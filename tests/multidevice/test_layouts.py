@@ -6,12 +6,14 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from palmjax import mesh, sharding
 from palmjax.config import MeshConfig, ShardingRules
 from palmjax.loss import CrossEntropy
+from palmjax.models.decoder import RecomputeAll, RecomputeAttention
 from palmjax.optim import Adafactor
 from palmjax.state import init_state
 from palmjax.step import accumulate, build_step
@@ -98,3 +100,40 @@ def test_initial_values_do_not_depend_on_the_mesh():
     # place.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2.5e-7), plain, jax.tree.map(np.asarray, placed))
     assert not placed["decoder"]["layers"]["mlp"]["wi_0"]["kernel"].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("remat", [None, RecomputeAttention(), RecomputeAll()], ids=["none", "attention", "all"])
+def test_no_device_ever_holds_the_gathered_weights_of_all_layers(remat):
+    model = tiny_palm(num_layers=6, d_model=64, remat=remat).build()
+    loss, rules = CrossEntropy().build(model), ShardingRules()
+    placed = mesh.build(MeshConfig(data=1, fsdp=8))
+    with sharding.activate(placed, rules):
+        params = jax.jit(lambda: model.init(jax.random.key(0)))()
+        batch = jax.tree.map(functools.partial(_put, placed, rules), random_batch())
+        text = str(jax.jit(jax.grad(loss, has_aux=True)).lower(params, batch).compile().as_text())
+    assert "f32[6,8,128]" in text, "the sharded stack of wi_0, so that the next line can fail"
+    for whole in ("f32[6,64,128]", "f32[6,128,64]", "f32[6,64,4,16]", "f32[6,4,16,64]"):
+        assert whole not in text, f"{whole} is a whole stack of weights on one device"
+
+
+def test_bfloat16_gradients_of_the_embedding_add_up_in_float32():
+    """One token 2,048 times: each occurrence is one part in 2,048 of its gradient, which bfloat16 sums would lose."""
+    table = jax.random.normal(jax.random.key(0), (8, 16))
+    ids = np.full((8, 256), 3, np.int32)
+    cotangent = 1 + jax.random.normal(jax.random.key(1), (8, 256, 16))
+
+    def total(table, ids, cotangent):
+        x = sharding.take(table, ids, ("batch", "length", "residual"), "bfloat16")
+        return jnp.sum(x.astype(jnp.float32) * cotangent.astype(jnp.bfloat16).astype(jnp.float32))
+
+    want = np.asarray(cotangent.astype(jnp.bfloat16), np.float64).sum((0, 1))
+    placed, rules = mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)), ShardingRules()
+    np.testing.assert_allclose(jax.grad(total)(table, ids, cotangent)[3], want, rtol=1e-5)
+    with sharding.activate(placed, rules):
+        sharded = jax.device_put(table, sharding.named(placed, rules, ("vocab", "embed"), table.shape))
+        rows = [
+            jax.device_put(x, sharding.named(placed, rules, ("batch", None, None)[: x.ndim], x.shape))
+            for x in (ids, cotangent)
+        ]
+        got = jax.jit(jax.grad(total))(sharded, *rows)
+    np.testing.assert_allclose(np.asarray(got)[3], want, rtol=1e-5)
