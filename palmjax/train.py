@@ -24,7 +24,7 @@ import jax  # noqa: E402 - the clock starts before the slow imports
 
 from palmjax import chips, distributed, guard, mesh, model_dir, provenance  # noqa: E402
 from palmjax.config import ConfigError, Experiment, section  # noqa: E402
-from palmjax.data import feed  # noqa: E402
+from palmjax.data import feed, index  # noqa: E402
 from palmjax.data.order import Skips  # noqa: E402
 from palmjax.data.vocabulary import Vocabulary  # noqa: E402
 from palmjax.evaluation.heldout import HeldOut  # noqa: E402
@@ -79,7 +79,8 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
     settings, folder = experiment.train, experiment.model_dir
     with contextlib.ExitStack() as stack:
         stack.enter_context(model_dir.lock(folder))
-        agreed = "\n".join([*description.flat.values(), str(provenance.code_version())])
+        modules = index.sources_of(experiment.train_dataset.modules)
+        agreed = "\n".join([*description.flat.values(), str(provenance.code_version()), str(modules)])
         distributed.agree("gin files or code", hashlib.sha256(agreed.encode()).hexdigest())
 
         # ---- Data and the program; the step is compiled aside while the state is made ready ----

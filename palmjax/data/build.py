@@ -362,10 +362,12 @@ def _num_parts(task: Any, split: str, use_cached: bool) -> int:
 
 
 def _store_fingerprint(job: StoreJob, vocabulary: Vocabulary) -> str:
-    """What decides a store's content: of a task made from values those, of a task of a module the module's source."""
+    """What decides a store's content: of a task made from values those, of any other the sources of all modules, for
+    which of them registers it isn't known.
+    """
     mine = [part for part in job.tasks if part.name == job.task]
     values = [[index.values_of(part), index.content_of(part)] for part in mine]
-    made = values or index.sources_of(job.modules)
+    made = values or sorted(source for source in index.sources_of(job.modules).values() if source)
     return index.digest([FORMAT, job.task, job.split, job.use_cached, vocabulary.fingerprint, job.num_parts, made])
 
 

@@ -291,6 +291,7 @@ def test_stores_are_shared_and_told_apart_by_what_they_hold(module: Path, built:
     assert build.plan(config(built, task_feature_lengths={"targets": 9}, seed=4, batch_size=9))[0] == sources
     assert index.lookup(config(built, modules=("lines_tasks", "os"))) is None  # seqio would have to be asked
     assert build.build_stores(config(built, modules=("lines_tasks", "os"))) == sources  # but nothing is built
+    assert build.plan(config(built, modules=("lines_tasks", "build_lines")))[0] != sources  # a source of its own
     assert build.plan(config(built, use_cached=True))[0] != sources
 
 
