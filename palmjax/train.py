@@ -91,8 +91,10 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
         length, sizes = dataset.sequence_length, dataset.batch_sizes()
         for rows in sizes:
             _check_batch(prog, rows, length, settings.microbatches)
+        _check_vocabulary(prog.model, dataset)
         heldout = HeldOut.open(experiment, prog.model, placed)
-        _check_vocabulary(prog.model, dataset, heldout)
+        if heldout is not None and heldout.vocabulary.fingerprint != dataset.vocabulary.fingerprint:
+            raise ConfigError(f"the held-out task {heldout.task!r} has another vocabulary than the training task")
         clock.mark("data")
         if _is_done(folder, settings.steps):
             print(f"{folder} has all of TRAIN_STEPS = {settings.steps}; raise it to go on", file=sys.stderr)
@@ -276,16 +278,11 @@ def _check_batch(prog: Program, rows: int, length: int, microbatches: int) -> No
     prog.batch_sharding(rows // microbatches, length)
 
 
-def _check_vocabulary(model: LanguageModel, dataset: feed.Dataset, heldout: HeldOut | None) -> None:
-    ids, own = model.config.vocab_size, dataset.vocabulary
-    task = dataset.config.mixture_or_task_name
-    if own.size > ids:
-        raise ConfigError(f"task {task!r} has {own.size:,} ids and the model only {ids:,}; set VOCAB_SIZE={own.size}")
-    if heldout is not None and heldout.vocabulary.fingerprint != own.fingerprint:
-        raise ConfigError(
-            f"the held-out task {heldout.task!r} has another vocabulary ({heldout.vocabulary.fingerprint}) "
-            f"than the training task {task!r} ({own.fingerprint})"
-        )
+def _check_vocabulary(model: LanguageModel, dataset: feed.Dataset) -> None:
+    ids, size = model.config.vocab_size, dataset.vocabulary.size
+    if size > ids:
+        task = dataset.config.mixture_or_task_name
+        raise ConfigError(f"task {task!r} has {size:,} ids and the model only {ids:,}; set VOCAB_SIZE={size}")
 
 
 def _throughput(cost: Any, placed: jax.sharding.Mesh) -> Throughput:
