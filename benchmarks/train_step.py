@@ -3,8 +3,8 @@ benchmarks.train_step`
 
 Prints, for the job of gin/exp/palm_nano_stdlib.gin (4 layers, width 256, 8 heads, bytes, 8 rows of 512, float32):
 - tokens/s of palmjax's step and of benchmarks/plain_palm.py, run in turn, and the ratio pair by pair;
-- the same with 8 key/value heads and rematerialisation, in CPU-seconds a step;
-- the host's share of a step: CPU time of the loop's thread (slope over the number of steps) and of the feed's;
+- the same with nothing recomputed on either side, and with 8 key/value heads and rematerialisation on both;
+- the host's share of a step: CPU time of the loop's thread and of the feed's, in a real run;
 - steps beside an asynchronous save against the others;
 - seconds from the command to the first finished step, with a cold and a warm compilation cache.
 """
@@ -12,6 +12,7 @@ Prints, for the job of gin/exp/palm_nano_stdlib.gin (4 layers, width 256, 8 head
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -113,21 +114,29 @@ def run_command(folder: Path, steps: int, *bindings: str, cache: Path) -> tuple[
 
 
 def host_share(pairs: int) -> None:
-    """CPU time that the feed and the loop take for a step, as a share of the step."""
-    from palmjax.train import train
+    """CPU time that the loop's thread and the feed take for a step, as a share of the step, in a real run."""
+    from palmjax import train
 
-    fixed = ["Experiment.train_eval_dataset=None", "SaveCheckpointConfig.period=100000"]
-    few, many = 4, 4 + 3 * pairs
-    times = {}
+    marks: list[tuple[float, float]] = []
+
+    class Marking(train.Recorder):
+        """The run's own recorder, which also notes the wall and the loop's CPU clock at every step."""
+
+        def record(self, *arguments: Any, **named: Any) -> dict[str, float] | None:
+            marks.append((time.perf_counter(), time.thread_time()))
+            return super().record(*arguments, **named)
+
     with tempfile.TemporaryDirectory() as folder:
-        for count in (few, many):
-            bindings = [*fixed, f"MODEL_DIR='{folder}/{count}'", f"TRAIN_STEPS={count}"]
-            experiment = configure.load([JOB], bindings).experiment
-            wall, cpu = time.perf_counter(), time.thread_time()
-            train(experiment)
-            times[count] = (time.perf_counter() - wall, time.thread_time() - cpu)
-    # The difference of a long and a short run: start, compilation and the end cancel.
-    wall, cpu = ((times[many][i] - times[few][i]) / (many - few) for i in range(2))
+        given = ["Experiment.train_eval_dataset=None", f"MODEL_DIR='{folder}'", f"TRAIN_STEPS={2 * pairs + 3}"]
+        experiment = configure.load([JOB], given).experiment
+        train.Recorder, original = Marking, train.Recorder
+        try:
+            train.train(experiment)
+        finally:
+            train.Recorder = original
+    # From step 3 on: the first ones compile, and write what only a start writes.
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks[2:])]
+    wall, cpu = (statistics.median(column) for column in zip(*steps, strict=True))
     dataset = feed.open_dataset(experiment.train_dataset)
     began = time.thread_time()
     for step in range(20):
@@ -160,14 +169,22 @@ def first_step(root: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10, help="pairs of steps to time")
-    pairs = parser.parse_args().pairs
-    compare("1 key/value head", ours([]), plain(plain_palm.Shape()), pairs)
-    remat = ["Attention.num_kv_heads=8", "Decoder.remat=@RecomputeAll()"]
-    compare("8 key/value heads, remat", ours(remat), plain(plain_palm.Shape(k=8, remat=True)), max(pairs // 2, 3))
-    host_share(pairs)
-    with tempfile.TemporaryDirectory() as folder:
-        first_step(Path(folder))
-        around_saves(Path(folder) / "saves", Path(folder) / "cache")
+    parser.add_argument("--only", choices=("step", "host", "start"), help="one part; all by default")
+    options = parser.parse_args()
+    pairs, only = options.pairs, options.only
+    if only in (None, "step"):
+        compare("as configured (palmjax recomputes blocks)", ours([]), plain(plain_palm.Shape()), pairs)
+        compare("both keep everything", ours(["Decoder.remat=None"]), plain(plain_palm.Shape()), pairs)
+        heads = ours(["Attention.num_kv_heads=8"])
+        compare(
+            "8 key/value heads, both recompute", heads, plain(plain_palm.Shape(k=8, remat=True)), max(pairs // 2, 3)
+        )
+    if only in (None, "host"):
+        host_share(pairs)
+    if only in (None, "start"):
+        with tempfile.TemporaryDirectory() as folder:
+            first_step(Path(folder))
+            around_saves(Path(folder) / "saves", Path(folder) / "cache")
 
 
 if __name__ == "__main__":
