@@ -315,8 +315,11 @@ def _write(folder: str, name: str, text: str) -> None:
 
 
 def _sample(experiment: Experiment, prog: Program, state: TrainState, vocabulary: Vocabulary) -> str:
-    """The greedy continuation of the configured prompt."""
+    """A continuation of the configured prompt, drawn at temperature 0.7: a young model's greedy one only repeats
+    itself.
+    """
     from palmjax import decode
+    from palmjax.sampling import Temperature
 
     prompt = experiment.train.sample_prompt or ""
     ids = vocabulary.encode(prompt)
@@ -325,6 +328,8 @@ def _sample(experiment: Experiment, prog: Program, state: TrainState, vocabulary
         state.params,
         [ids],
         experiment.train.sample_tokens,
+        sampling=Temperature(temperature=0.7),
+        seed=experiment.train.seed,
         stop=vocabulary.eos_id,
         mesh=prog.mesh,
         rules=prog.rules,
