@@ -216,9 +216,7 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
 
 
 class Profile:
-    """A trace of steps `first` to `last` in MODEL_DIR/profile; a context manager, so that it is written whatever
-    ends.
-    """
+    """A trace of steps (first, last) in MODEL_DIR/profile. A context manager: it is written however the run ends."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: str):
         self._steps, self._folder, self._running = steps, folder, False
@@ -315,9 +313,7 @@ def _write(folder: str, name: str, text: str) -> None:
 
 
 def _sample(experiment: Experiment, prog: Program, state: TrainState, vocabulary: Vocabulary) -> str:
-    """A continuation of the configured prompt, drawn at temperature 0.7: a young model's greedy one only repeats
-    itself.
-    """
+    """A continuation of the configured prompt, drawn at temperature 0.7: a young model's greedy one repeats itself."""
     from palmjax import decode
     from palmjax.sampling import Temperature
 

@@ -46,18 +46,9 @@ class Job:
         given = [f"MODEL_DIR={model_dir}", f"TRAIN_FILES={self.text}", f"STORE_DIR={self.stores}", *bindings]
         return [GIN, *(f"--gin.{binding}" for binding in given)]
 
-    def start(self, model_dir: Path, *bindings: str, devices: int = 1, **options: Any) -> subprocess.Popen[str]:
+    def start(self, model_dir: Path, *bindings: str, devices: int = 1) -> subprocess.Popen[str]:
         """`palmjax train` as a process that is still running."""
-        command = [sys.executable, "-m", "palmjax", "train", *self.flags(model_dir, *bindings)]
-        return subprocess.Popen(
-            command,
-            env=environment(devices),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            **options,
-        )
+        return start("train", *self.flags(model_dir, *bindings), devices=devices)
 
     def run(self, model_dir: Path, *bindings: str, devices: int = 1, code: int = 0) -> str:
         """Runs to the end and returns the console; fails with it unless the exit code is `code`."""
@@ -68,6 +59,18 @@ def environment(devices: int = 1) -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
+def start(name: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+    """A verb of the command line as a process; standard output and error together."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "palmjax", name, *arguments],
+        env=environment(devices),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 300) -> str:
     text, _ = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit code {process.returncode}, not {code}:\n{text[-4000:]}"
@@ -75,19 +78,8 @@ def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 300) 
 
 
 def verb(name: str, *arguments: str, devices: int = 1, code: int = 0) -> str:
-    """Another verb of the command line, to its end; standard output and error together."""
-    command = [sys.executable, "-m", "palmjax", name, *arguments]
-    done = subprocess.run(
-        command,
-        env=environment(devices),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, f"exit code {done.returncode}, not {code}:\n{done.stdout[-4000:]}"
-    return done.stdout
+    """A verb to its end: its console; fails with it unless the exit code is `code`."""
+    return finish(start(name, *arguments, devices=devices), code)
 
 
 def metrics(model_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
