@@ -8,7 +8,11 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
 LOCK := requirements.lock
+LOCK_DEV := requirements-dev.lock
+# Not in the lock: its CPU build has another hash than the one that brings CUDA, and the oracles run on either.
+TORCH := torch==2.13.0
 UV := $(shell grep -oE '^uv==[0-9.]+' $(LOCK))
 
 MODEL_DIR ?= runs/palm_stdlib
@@ -24,27 +28,39 @@ train: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-lint: $(READY)
+lint: $(READY_DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
 # Done once, and again when what is installed would change. uv does not read pip's settings: the index is handed over.
-$(READY): $(LOCK) pyproject.toml
+define install
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "palmjax needs Python 3.11 or newer and found none: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 	index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}}; \
 	test -z "$$index" || export UV_DEFAULT_INDEX="$$index"; \
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r $(LOCK) && \
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r $(1) && \
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+endef
+
+$(READY): $(LOCK) pyproject.toml
+	$(call install,$(LOCK))
 	@touch $@
 
+# What the tests need besides: linters, the TPU compiler, transformers and torch as oracles.
+$(READY_DEV): $(LOCK) $(LOCK_DEV) pyproject.toml
+	$(call install,$(LOCK_DEV))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@touch $@ $(READY)
+
 # Resolves anew for Python 3.11 on Linux; pass ARGS=--upgrade to move to the newest versions.
-lock: $(READY)
-	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --output-file $(LOCK) $(ARGS)
+COMPILE = $(BIN)/uv pip compile pyproject.toml --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+	--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' $(ARGS)
+lock: $(READY_DEV)
+	$(COMPILE) --extra build --output-file $(LOCK)
+	$(COMPILE) --extra dev --constraint $(LOCK) --output-file $(LOCK_DEV)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis dist

@@ -50,11 +50,16 @@ class Loaded:
         return dict(flatten(self.experiment))
 
 
-def load(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> Loaded:
+def load(
+    files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = (), placeholders: bool = False
+) -> Loaded:
     """Reads gin files, then bindings (`"NAME=value"`), later ones over earlier ones, and builds the experiment.
 
     Files are looked for in the working directory, `search_paths` and the shipped configs. Raises ConfigError with the
     file and line for anything that is misspelt, of the wrong type, without effect, ambiguous, circular or not set.
+
+    placeholders: text that must be set and is not (a path, a folder) becomes `<NAME>`, for those who need the step only
+    and open no file.
     """
     if not files:
         raise ConfigError("no gin file: name one, such as gin/exp/palm_stdlib.gin")
@@ -63,7 +68,7 @@ def load(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Seque
         reader.file(name)
     for binding in bindings:
         reader.binding(binding)
-    config = Config(reader.source, Names(reader.source.imports))
+    config = Config(reader.source, Names(reader.source.imports), placeholders)
     root = build(config)
     return Loaded(root.instance, root, config)
 

@@ -27,9 +27,10 @@ IMPORTS_FIELD = (DatasetConfig, "modules")
 class Config:
     """The statements in force, by resolved key; and what each of them overrode."""
 
-    def __init__(self, source: Source, names: Names) -> None:
+    def __init__(self, source: Source, names: Names, placeholders: bool = False) -> None:
         self.source = source
         self.names = names
+        self.placeholders = placeholders
         self.bindings: dict[Key, Statement] = {}
         self.macros: dict[str, Statement] = {}
         self.history: dict[Statement, list[Statement]] = {}  # what a statement overrode, oldest first
@@ -245,6 +246,8 @@ class Builder:
         def leaf(item: Any) -> Any:
             if item == REQUIRED:
                 key = str(source)
+                if self.config.placeholders and str in (annotation, *getattr(annotation, "__args__", ())):
+                    return f"<{key}>"
                 self.missing.append((key, f"{wanted} at {source.where}, ", annotation))
                 return None
             if isinstance(item, Macro):

@@ -1,0 +1,349 @@
+"""The time of one step, from the schedule the compiler made. The whole model is on this page.
+
+**Order.** A TPU runs its instructions one after another, in the order of the scheduled HLO. The walk keeps a clock: a
+synchronous operation advances it by its own time; a start (copy-start, collective-permute-start, send, the first part of
+an asynchronous collective) occupies a resource (a dimension of the torus, the slices' network, the memory engine) from
+the moment that resource is free; the matching done advances the clock only if the transfer has not ended. What a done
+waits is *exposed*; the rest was hidden behind what stood between.
+
+**Compute.** The TPU compiler writes its own estimate of cycles on every fusion; they are divided by the clock that makes
+the printed peak (`chips.Hardware.clock`). No factor is fitted. An operation without an estimate costs its bytes over
+HBM's bandwidth. A Mosaic (Pallas) kernel carries none: its cycles come from the kernel's own table
+(`pallas_kernels.schedule`) where it has the shape, else from the roofline, and the plan says which.
+
+**Collectives** follow `network.py`: bytes over the links that the group's place on the torus and the compiler's chosen
+algorithm give, plus hops times latency.
+
+**Loops.** A body is walked once and counts as often as it runs; if a resource is busy longer than the body takes, the
+body takes that long: in the steady state the queue is what limits.
+
+**Not in it.** Contention between prefetches and compute for HBM, stragglers, the input pipeline, the host. They make a
+real step slower than this one.
+
+**Other devices.** Without cycles (GPU, CPU) an operation takes the larger of its FLOPs at `MATMUL_EFFICIENCY` of the
+peak and its bytes at `MEMORY_EFFICIENCY` of the bandwidth: a roofline, and the plan says so.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+
+from palmjax.plan import flops as counting
+from palmjax.plan import hlo
+from palmjax.plan.chips import Hardware
+from palmjax.plan.network import Cost, Network
+
+MATMUL_EFFICIENCY = 0.75
+"""Of a GPU's printed peak in large bf16 matmuls: 770 of 989 TFLOP/s, measured on one H200."""
+
+MEMORY_EFFICIENCY = 0.9
+"""Of a GPU's printed HBM bandwidth in large copies: 4.3 of 4.8 TB/s, measured on one H200."""
+
+_FREE = frozenset(
+    "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id iota opt-barrier "
+    "add-dependency bitcast-convert".split()
+)
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+MATMUL, OTHER, KERNEL, ICI, DCN = "matmul", "other compute", "kernel", "exposed ICI", "exposed DCN"
+KINDS = (MATMUL, OTHER, KERNEL, ICI, DCN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One operation of the schedule. seconds: what it added to the clock in one run; runs: how often in a step.
+
+    hidden: seconds of a transfer that other work covered. axis: the mesh axes of a collective, else "". source: where
+    its time comes from: "compiler's cycles", "bytes", "network", or a kernel's own table.
+    """
+
+    kind: str
+    seconds: float
+    runs: int
+    instruction: hlo.Instruction
+    op_name: str
+    place: str
+    axis: str = ""
+    hidden: float = 0.0
+    flops: float = 0.0
+    source: str = ""
+
+    @property
+    def total(self) -> float:
+        return self.seconds * self.runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The predicted step. seconds: its length; entries: everything that takes time; flops: of a device's matmuls."""
+
+    seconds: float
+    entries: tuple[Entry, ...]
+    flops: float
+
+    def by(self, attribute: str) -> dict[str, float]:
+        """Seconds a step by `kind`, `axis` or another attribute of the entries."""
+        sums: collections.Counter[str] = collections.Counter()
+        for entry in self.entries:
+            sums[getattr(entry, attribute)] += entry.total
+        return dict(sums)
+
+
+def predict(module: hlo.Module, hardware: Hardware, network: Network, slices: int) -> Step:
+    """The step that `module` is the schedule of. Raises ValueError if a loop's trips are unknown."""
+    walk = _Walk(module, hardware, network, slices)
+    seconds = walk.run(module.entry, 1)
+    return Step(seconds, tuple(walk.entries), walk.flops)
+
+
+@dataclasses.dataclass
+class _Transfer:
+    """A transfer under way: when it ends, how long it takes alone, and what it belongs to."""
+
+    end: float
+    cost: Cost
+    kind: str
+    axis: str
+
+
+class _Walk:
+    def __init__(self, module: hlo.Module, hardware: Hardware, network: Network, slices: int) -> None:
+        self.module, self.hardware, self.network, self.slices = module, hardware, network, slices
+        self.clock = 0.0
+        self.free: dict[int | str, float] = {}
+        self.busy: collections.Counter[int | str] = collections.Counter()
+        self.under_way: dict[str, _Transfer] = {}
+        self.entries: list[Entry] = []
+        self.flops = 0.0
+        self.costs: dict[tuple[Any, ...], tuple[Cost, str]] = {}
+
+    def run(self, name: str, runs: int) -> float:
+        """Walks a computation once; returns how long one run of it takes."""
+        began, computation = self.clock, self.module.computations[name]
+        for instruction in computation.instructions:
+            self._visit(computation, instruction, runs)
+        return self.clock - began
+
+    def _visit(self, computation: hlo.Computation, instruction: hlo.Instruction, runs: int) -> None:
+        opcode = instruction.opcode
+        if opcode in _FREE:
+            return
+        if opcode == "while":
+            self._loop(instruction, runs)
+        elif opcode == "call":
+            self.run(next(iter(instruction.called.values())), runs)
+        elif opcode == "conditional":
+            self._conditional(instruction, runs)
+        elif opcode in ("send", "recv", "send-done", "recv-done"):
+            self._exchange(computation, instruction, runs)
+        elif opcode.endswith("-done"):
+            self._wait(instruction, instruction.operands[0], runs)
+        elif opcode.endswith("-start"):
+            self._start(computation, instruction, runs)
+        else:
+            self._operation(computation, instruction, runs)
+
+    # Control flow.
+
+    def _loop(self, loop: hlo.Instruction, runs: int) -> None:
+        trips = self.module.trips(loop)
+        outside, self.busy = self.busy, collections.Counter()
+        first, began = len(self.entries), self.clock
+        body = self.run(loop.called["body"], runs * trips)
+        slowest = max(self.busy, key=lambda resource: self.busy[resource], default=None)
+        if slowest is not None and self.busy[slowest] > body:
+            kind = DCN if slowest == "dcn" else OTHER if slowest == "hbm" else ICI
+            entry = Entry(kind, self.busy[slowest] - body, runs * trips, loop, loop.op_name, "", "", source="network")
+            self.entries.append(entry)
+            body = self.busy[slowest]
+        if trips == 0:
+            del self.entries[first:]
+        self.clock = began + body * trips
+        for resource, seconds in self.busy.items():
+            outside[resource] += seconds * trips
+        self.busy = outside
+        for resource in self.free:
+            self.free[resource] = min(self.free[resource], self.clock)
+
+    def _conditional(self, instruction: hlo.Instruction, runs: int) -> None:
+        """The slowest branch: a plan is no place for luck."""
+        best: tuple[float, list[Entry], float] = (-1.0, [], 0.0)
+        began, entries, flops = self.clock, self.entries, self.flops
+        for role, name in instruction.called.items():
+            if role.startswith("branch") or role.endswith("_computation"):
+                self.clock, self.entries, self.flops = began, [], 0.0
+                seconds = self.run(name, runs)
+                if seconds > best[0]:
+                    best = (seconds, self.entries, self.flops)
+        self.entries, self.clock, self.flops = entries + best[1], began + max(best[0], 0.0), flops + best[2]
+
+    # Transfers.
+
+    def _begin(self, name: str, cost: Cost, kind: str, axis: str) -> None:
+        start = max([self.clock, *(self.free.get(resource, 0.0) for resource in cost.resources)])
+        for resource in cost.resources:
+            self.free[resource] = start + cost.seconds
+            self.busy[resource] += cost.seconds
+        self.under_way[name] = _Transfer(start + cost.seconds, cost, kind, axis)
+
+    def _wait(self, instruction: hlo.Instruction, name: str, runs: int) -> None:
+        transfer = self.under_way.pop(name, None)
+        if transfer is None:  # begun in another iteration, whose time covers it
+            return
+        waited = max(transfer.end - self.clock, 0.0)
+        self.clock += waited
+        hidden = max(transfer.cost.seconds - waited, 0.0)
+        self._add(transfer.kind, waited, runs, instruction, axis=transfer.axis, hidden=hidden, source="network")
+
+    def _start(self, computation: hlo.Computation, instruction: hlo.Instruction, runs: int) -> None:
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode in ("copy", "slice", "dynamic-slice", "dynamic-update-slice"):
+            # The destination is what moves; its other end is on the other side of HBM's bus.
+            moved = min((s.bytes for s in instruction.result if s.elements > 1), default=0.0)
+            self._begin(instruction.name, Cost(moved / self.hardware.hbm_bandwidth, ("hbm",)), OTHER, "")
+            return
+        found = self._collective(computation, instruction)
+        if found is None:
+            self._operation(computation, instruction, runs)
+            return
+        cost, axis = found
+        self._begin(instruction.name, cost, DCN if "dcn" in cost.resources else ICI, axis)
+
+    def _exchange(self, computation: hlo.Computation, instruction: hlo.Instruction, runs: int) -> None:
+        """Slices exchange through their hosts: a send and a recv of one rendezvous are one transfer."""
+        if not instruction.opcode.endswith("-done"):
+            meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.text)
+            name = meeting[1] if meeting else instruction.name
+            if instruction.opcode == "send":
+                size = max((s.bytes for s in instruction.result), default=0.0)
+                if "ALL_REDUCE" in instruction.text:
+                    size *= 2.0 * (self.slices - 1) / max(self.slices, 1)
+                self._begin(name, self.network.exchange(size), DCN, self._across())
+            return
+        begun = computation.by_name.get(instruction.operands[0])
+        if instruction.opcode == "recv-done" and begun is not None:
+            meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', begun.text)
+            self._wait(instruction, meeting[1] if meeting else begun.name, runs)
+
+    def _across(self) -> str:
+        """The mesh axis whose neighbours lie in different slices: the data axis."""
+        return next(iter(self.network.axes), "")
+
+    # Operations.
+
+    def _operation(self, computation: hlo.Computation, instruction: hlo.Instruction, runs: int) -> None:
+        channel = self._asynchronous(instruction)
+        if channel is not None and instruction.name.startswith("async-collective-done"):
+            self._wait(instruction, channel, runs)
+            return
+        if channel is not None and instruction.name.startswith("async-collective-start"):
+            found = self._collective(computation, instruction)
+            if found is not None:
+                self._begin(channel, found[0], ICI, found[1])
+            return
+        found = None if channel is not None else self._collective(computation, instruction)
+        if found is not None:
+            cost, axis = found
+            began = max([self.clock, *(self.free.get(resource, 0.0) for resource in cost.resources)])
+            seconds = began + cost.seconds - self.clock
+            for resource in cost.resources:
+                self.free[resource] = began + cost.seconds
+                self.busy[resource] += cost.seconds
+            kind = DCN if "dcn" in cost.resources else ICI
+            self._advance(kind, seconds, runs, instruction, axis=axis, source="network")
+            return
+        flops = counting.flops(self.module, computation, instruction)
+        self.flops += flops * runs
+        kind = MATMUL if flops else OTHER
+        if instruction.target == "tpu_custom_call":
+            seconds, source = self._kernel(computation, instruction)
+            kind = KERNEL
+        elif instruction.cycles is not None and self.hardware.platform == "tpu":
+            # The estimate is of one JAX device's core or fused cores.
+            seconds, source = instruction.cycles / self.hardware.clock, "compiler's cycles"
+        elif self.hardware.platform == "tpu":
+            seconds, source = self._bytes(computation, instruction) / self.hardware.hbm_bandwidth, "bytes"
+        else:
+            compute = flops / (self.hardware.chip.bf16_flops * MATMUL_EFFICIENCY)
+            moved = self._bytes(computation, instruction) / (self.hardware.hbm_bandwidth * MEMORY_EFFICIENCY)
+            seconds, source = max(compute, moved), "roofline"
+        if seconds > 0:
+            self._advance(kind, seconds, runs, instruction, flops=flops, source=source)
+
+    def _asynchronous(self, instruction: hlo.Instruction) -> str | None:
+        """The channel of a collective that runs beside compute in steps fused into several operations; else None."""
+        if instruction.opcode != "fusion":
+            return None
+        if not (instruction.name.startswith("async-collective") or "async_collective" in instruction.called["calls"]):
+            return None
+        inner = self._inner(instruction)
+        found = re.search(r"channel_id=(\d+)", inner.text) if inner is not None else None
+        return f"channel {found[1]}" if found else None
+
+    def _inner(self, instruction: hlo.Instruction) -> hlo.Instruction | None:
+        """The collective inside a fusion, or the instruction itself if it is one."""
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES or kind == "collective-permute":
+            return instruction
+        if instruction.opcode in ("fusion", "async-start"):
+            return next((i for i in self.module.walk(instruction.called["calls"]) if self._is_collective(i)), None)
+        return None
+
+    @staticmethod
+    def _is_collective(instruction: hlo.Instruction) -> bool:
+        return instruction.opcode.removesuffix("-start") in (*_COLLECTIVES, "collective-permute")
+
+    def _collective(self, computation: hlo.Computation, instruction: hlo.Instruction) -> tuple[Cost, str] | None:
+        """The network's cost of an instruction and the mesh axes it runs along; None if it is no collective."""
+        inner = self._inner(instruction)
+        if inner is None:
+            return None
+        home = computation if inner is instruction else self._home(inner)
+        kind = inner.opcode.removesuffix("-start")
+        if kind == "collective-permute":
+            assert inner.pairs is not None, inner.name
+            size = inner.result[0].bytes
+            return self.network.permute(inner.pairs, size), self.network.mesh_axes(inner.pairs[0])
+        group = inner.groups[0] if inner.groups is not None else np.arange(len(self.network.coords))
+        operands = sum(s.bytes for name in inner.operands if name in home.by_name for s in home.by_name[name].result)
+        # A reduction followed by the choice of one's own share is emitted as one reduce-scatter.
+        if kind == "all-reduce" and "all-reduce-scatter" in instruction.called.get("calls", ""):
+            kind = "reduce-scatter"
+        size = operands * (len(group) if kind == "all-gather" else 1)
+        algorithm = instruction.algorithm or inner.algorithm
+        return self.network.collective(kind, group, size, algorithm), self.network.mesh_axes(group)
+
+    def _home(self, instruction: hlo.Instruction) -> hlo.Computation:
+        return next(c for c in self.module.computations.values() if c.by_name.get(instruction.name) is instruction)
+
+    def _kernel(self, computation: hlo.Computation, instruction: hlo.Instruction) -> tuple[float, str]:
+        """A Mosaic kernel: the cost that its author stated (`pl.CostEstimate`), as a roofline."""
+        stated = {k: float(v) for k, v in re.findall(r'"(flops|bytes_accessed)":"?(\d+)', instruction.text)}
+        moved = stated.get("bytes_accessed", self._bytes(computation, instruction))
+        seconds = max(stated.get("flops", 0.0) / self.hardware.chip.bf16_flops, moved / self.hardware.hbm_bandwidth)
+        return seconds, "kernel's stated FLOPs and bytes at the peak"
+
+    @staticmethod
+    def _bytes(computation: hlo.Computation, instruction: hlo.Instruction) -> float:
+        """Bytes read from and written to HBM."""
+        if instruction.opcode == "custom-call" and instruction.target != "tpu_custom_call":
+            return 0.0  # markers: allocations, views
+        written = sum(s.bytes for s in instruction.result if s.space == 0)
+        if instruction.opcode == "dynamic-update-slice":  # in place: only the slice moves
+            slice_ = computation.by_name.get(instruction.operands[1])
+            return 2.0 * sum(s.bytes for s in slice_.result) if slice_ else written
+        read = (computation.by_name[n].result for n in instruction.operands if n in computation.by_name)
+        return written + sum(s.bytes for shapes in read for s in shapes if s.space == 0)
+
+    def _advance(self, kind: str, seconds: float, runs: int, instruction: hlo.Instruction, **details: Any) -> None:
+        self.clock += seconds
+        self._add(kind, seconds, runs, instruction, **details)
+
+    def _add(self, kind: str, seconds: float, runs: int, instruction: hlo.Instruction, **details: Any) -> None:
+        named = self.module.named(instruction)
+        place = self.module.source(named)
+        self.entries.append(Entry(kind, seconds, runs, instruction, named.op_name, place, **details))

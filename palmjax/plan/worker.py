@@ -1,0 +1,111 @@
+"""`python -m palmjax.plan.worker REQUEST ANSWER CACHE`: compiles one step, in a process of its own. See compiler.py."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import pickle
+import re
+import sys
+import tempfile
+import time
+from typing import Any
+
+from palmjax.config import ConfigError
+from palmjax.plan import compiler, memory, topology
+
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "CompileTimeHbmOom", "Ran out of memory")
+
+
+def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str, Any]:
+    """Compiles `request` unless the cache has it. Returns {"entry": name}, or the error's kind and words."""
+    import jax
+
+    from palmjax import mesh
+    from palmjax.step import program
+
+    began = time.perf_counter()
+    devices = topology.devices(request.topology)
+    built = mesh.build(request.experiment.mesh, devices)
+    prog = program(request.experiment, built)
+    lowered = prog.lower(request.rows, request.length)
+    lowering = time.perf_counter() - began
+    version = _compiler(request.topology)
+    options = os.environ.get("LIBTPU_INIT_ARGS", "")
+    # Without the places in the source: an edit that moves a line leaves the step as it was.
+    name = compiler.key(lowered.as_text(), version, options, request.topology)
+    if (root / name / "facts.json").exists():
+        return {"entry": name}
+    began = time.perf_counter()
+    oom, text, code = "", "", 0
+    try:
+        compiled = lowered.compile()
+        text = compiled.as_text() or ""
+        analysis = compiled.memory_analysis()
+        code = analysis.generated_code_size_in_bytes if analysis else 0
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if not any(mark in message for mark in OUT_OF_MEMORY):
+            return {"compiler_error": message.strip()[:600]}
+        oom = message.strip().splitlines()[0][:400]
+    seconds = time.perf_counter() - began
+    files = {path.name: path for path in pathlib.Path(dump).rglob("*jit_step*.txt")}
+    if oom:
+        text = _newest(files, "oom_intermediate_module.txt", "after_optimizations_before_buffer_assignment.txt")
+    usage = memory.read(_newest(files, "buffer-assignment.txt"), _newest(files, "live-range.txt"), text, code)
+    facts = {
+        "compiler": version,
+        "options": options,
+        "jax": jax.__version__,
+        "topology": str(request.topology),
+        "mesh": dict(zip(built.axis_names, built.devices.shape, strict=True)),
+        "coords": [_coords(d) for d in built.devices.flat],
+        "lowering_seconds": lowering,
+        "compile_seconds": seconds,
+    }
+    compiler.write(root, name, facts, usage, text, oom)
+    return {"entry": name}
+
+
+def _coords(device: Any) -> list[int]:
+    """[slice, x, y, z, ...] of a device; GPUs and CPUs are numbered along one dimension."""
+    place = list(getattr(device, "coords", None) or [device.id])
+    return [getattr(device, "slice_index", 0) or 0, *place]
+
+
+def _compiler(target: topology.Topology) -> str:
+    hardware = target.hardware
+    package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}.get(hardware.platform if hardware else "", "jaxlib")
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _newest(files: dict[str, pathlib.Path], *endings: str) -> str:
+    """The text of the last written dump with the first of these endings that exists; empty if none does."""
+    for ending in endings:
+        matching = sorted((p for n, p in files.items() if n.endswith(ending)), key=lambda p: p.stat().st_mtime_ns)
+        if matching:
+            return matching[-1].read_text()
+    return ""
+
+
+def main() -> int:
+    given, to, root = sys.argv[1:]
+    request: compiler.Request = pickle.loads(pathlib.Path(given).read_bytes())
+    with tempfile.TemporaryDirectory(prefix="palmjax-plan-") as dump:
+        flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text=true --xla_dump_hlo_module_re=^jit_step$"
+        os.environ["XLA_FLAGS"] = re.sub(r"--xla_dump\S*", "", os.environ.get("XLA_FLAGS", "")) + " " + flags
+        try:
+            topology.prepare_environment(request.topology)
+            result = answer(request, pathlib.Path(root), dump)
+        except ConfigError as error:
+            result = {"config_error": str(error)}
+    scratch = pathlib.Path(to + ".part")
+    scratch.write_text(json.dumps(result))
+    scratch.rename(to)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
