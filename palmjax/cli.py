@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from palmjax import __version__
+from palmjax import __version__, libtpu
 from palmjax.config import ConfigError
 
 VERBS = {
@@ -41,6 +41,7 @@ def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | 
     """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
+    libtpu.settle()
     try:
         return main(argv)
     except ConfigError as error:

@@ -7,12 +7,12 @@ Linux machine.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 import re
 from typing import Any
 
+from palmjax import libtpu
 from palmjax.config import ConfigError
 from palmjax.plan import chips
 from palmjax.plan.chips import Hardware
@@ -93,11 +93,9 @@ def prepare_environment(topology: Topology) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if topology.key == "cpu" or topology.hardware is None or topology.hardware.platform != "tpu":
         return
-    if importlib.util.find_spec("libtpu") is None:
+    if not libtpu.installed():
         raise ConfigError(f"planning for {topology} needs the TPU compiler: pip install 'palmjax[plan]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no metadata server what machine this is
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    libtpu.settle()
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several compilers at work side by side; none opens a device
 
 
