@@ -22,17 +22,27 @@ Axes = tuple[str | None, ...]
 """Logical axis names of an array, one for each dimension; None is never sharded."""
 
 _active_rules: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("sharding_rules", default=None)
+_active_kind: contextvars.ContextVar[str | None] = contextvars.ContextVar("device_kind", default=None)
 
 
 @contextlib.contextmanager
 def activate(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
     """Makes `mesh` and `rules` the ones that every function of this module uses inside the block."""
-    token = _active_rules.set(rules)
+    token, kind = _active_rules.set(rules), _active_kind.set(mesh.devices.flat[0].device_kind)
     try:
         with jax.set_mesh(mesh):
             yield
     finally:
         _active_rules.reset(token)
+        _active_kind.reset(kind)
+
+
+def device_kind() -> str | None:
+    """The kind of device, as jax names it ("TPU v4"), of the active mesh; None when there is none.
+
+    What a kernel is chosen by. The mesh may be one of an ahead-of-time topology, so jax's default backend says nothing.
+    """
+    return _active_kind.get()
 
 
 def mesh_axes(rules: ShardingRules, axes: Axes, shape: Sequence[int], sizes: dict[str, int], where: str) -> list:

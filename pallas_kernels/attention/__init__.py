@@ -1,6 +1,8 @@
-"""Attention over whole sequences: `attention` and its masks."""
+"""Attention over whole sequences: `attention`, its masks, and what it would run."""
 
 from pallas_kernels.attention.api import attention, explain
+from pallas_kernels.attention.case import Case
+from pallas_kernels.attention.choice import check_name
 from pallas_kernels.attention.masks import Mask
 
-__all__ = ["Mask", "attention", "explain"]
+__all__ = ["Case", "Mask", "attention", "check_name", "explain"]

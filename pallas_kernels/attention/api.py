@@ -1,25 +1,24 @@
-"""Attention: one op, implementations chosen loudly. A named implementation works or raises; "auto" can explain
-itself.
-"""
+"""Attention: one op, implementations chosen loudly."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.masks import Mask
+from pallas_kernels.attention.case import Case
+from pallas_kernels.attention.choice import choose
+from pallas_kernels.attention.masks import Mask, ranges
 
-IMPLEMENTATIONS = ("xla",)
+_CAUSAL = Mask()
 
 
-def explain(impl: str = "auto") -> str:
-    """The name of the implementation that `attention(impl=...)` runs. Raises ValueError for an unknown one."""
-    if impl == "auto":
-        return "xla"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"attention: unknown implementation {impl!r}; there is auto, {', '.join(IMPLEMENTATIONS)}")
-    return impl
+def explain(impl: str, case: Case, chip: str | None = None) -> str:
+    """What `attention(impl=...)` runs for `case` on `chip`, and why. Raises as `attention` does."""
+    choice = choose(impl, case, chip)
+    return f"attention: {choice.name} ({choice.reason}) for {case}"
 
 
 def attention(
@@ -27,25 +26,88 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    mask: Mask,
+    mask: Mask = _CAUSAL,
     segments: jax.Array | None = None,
+    prefix: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
     scale: float | None = None,
+    with_lse: bool = False,
     impl: str = "auto",
-) -> jax.Array:
-    """Self-attention of whole rows.
+    chip: str | None = None,
+) -> Any:
+    """Self-attention of whole rows: softmax(cap(scale q k^T) + ALiBi + bias, where the mask lets see) v.
 
-    q: [B, T, H, D]; k, v: [B, T, K, D] with K dividing H (K = 1 is multi-query, Shazeer 2019); segments: int32 [B, T],
-    attention stays within equal ids; scale: of the scores, 1/sqrt(D) by default. Returns [B, T, H, D] in q's dtype; the
-    softmax is float32.
-    Raises ValueError for shapes that do not fit or an unknown `impl`.
+    q: [B, T, H, D]; k, v: [B, T, K, D] with K dividing H (K = 1 is multi-query, Shazeer 2019).
+    segments: int32 [B, T]; attention stays inside a run of equal ids. prefix: bool or int [B, T]: marks of a prefix-LM
+    (Raffel et al. 2020); the first tokens of a segment, as many as it has marks, are seen by all its queries.
+    alibi_slopes: float32 [H]; adds -slope |i - j| (Press et al. 2022); not differentiated. soft_cap: c of
+    c tanh(x / c), put on the scaled scores before anything is added. bias: [B or 1, H or 1, T or 1, T], added and
+    differentiated. scale: of q k^T, 1/sqrt(D) by default.
+    impl: a name of `choice.NAMES`, or "auto". chip: the kind of device that the program is for, as jax names it ("TPU
+    v4"); None is a CPU. It is a value because a program may be compiled where it does not run.
+
+    Returns [B, T, H, D] in q's dtype, and with `with_lse` also the log-sum-exp of each query's scores, float32 [B, T,
+    H], differentiable. The softmax is float32. A query that sees nothing gives zeros and `reference.EMPTY`.
+    Raises ValueError for shapes that do not fit, an unknown `impl`, or one that cannot do this call, with the reasons.
     """
-    explain(impl)
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+    _check(q, k, v, mask, segments, prefix, alibi_slopes, soft_cap, bias)
+    B, T, H, D = q.shape
+    case = Case(
+        rows=B,
+        length=T,
+        heads=H,
+        kv_heads=k.shape[2],
+        head_dim=D,
+        dtype=str(q.dtype),
+        mask=mask,
+        ranged=segments is not None or prefix is not None,
+        alibi=alibi_slopes is not None,
+        soft_cap=soft_cap is not None,
+        bias=bias is not None,
+    )
+    choose(impl, case, chip)
+    first, stop = ranges(mask, B, T, segments, prefix)
+    scale = D**-0.5 if scale is None else scale
+    out, lse = reference.attention(
+        q, k, v, first, stop, scale=scale, alibi_slopes=alibi_slopes, soft_cap=soft_cap, bias=bias
+    )
+    return (out, lse) if with_lse else out
+
+
+def _check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    segments: jax.Array | None,
+    prefix: jax.Array | None,
+    alibi_slopes: jax.Array | None,
+    soft_cap: float | None,
+    bias: jax.Array | None,
+) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}; need [B,T,H,D], [B,T,K,D] twice"
         )
-    index = jnp.arange(q.shape[1])
-    seen = mask.allowed(index[:, None], index[None, :])[None]
-    if segments is not None:
-        seen = seen & (segments[:, :, None] == segments[:, None, :])
-    return reference.masked_softmax_attention(q, k, v, seen, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    B, T, H, _ = q.shape
+    if H % k.shape[2]:
+        raise ValueError(f"attention: {H} query heads are not a multiple of {k.shape[2]} key/value heads")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; need one floating dtype")
+    for name, marks in (("segments", segments), ("prefix", prefix)):
+        if marks is not None and marks.shape != (B, T):
+            raise ValueError(f"attention: {name} {marks.shape} for q {q.shape}; need [B,T] = {(B, T)}")
+    if prefix is not None and not mask.causal:
+        raise ValueError("attention: a prefix without Mask(causal=True) changes nothing: every query sees it already")
+    if alibi_slopes is not None and alibi_slopes.shape != (H,):
+        raise ValueError(f"attention: alibi_slopes {alibi_slopes.shape} for {H} query heads; need one slope a head")
+    if soft_cap is not None and not soft_cap > 0.0:
+        raise ValueError(f"attention: soft_cap = {soft_cap}: must be above 0; None for no cap")
+    if bias is not None and (
+        bias.ndim != 4 or any(have not in (1, want) for have, want in zip(bias.shape, (B, H, T, T), strict=True))
+    ):
+        raise ValueError(f"attention: bias {bias.shape} does not broadcast to [B,H,T,S] = {(B, H, T, T)}")
+    if bias is not None and bias.shape[3] != T:
+        raise ValueError(f"attention: bias {bias.shape} must have all {T} keys")

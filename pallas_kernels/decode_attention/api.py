@@ -29,15 +29,21 @@ def decode_attention(
     layer: jax.Array | int = 0,
     *,
     mask: Mask,
+    prefix: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> jax.Array:
     """New queries against the cached keys of one layer; entry j of a row's cache is its token at position j.
 
     q: [B, Q, H, D]; k, v: [L, B, S, K, D], the caches of all layers, of which `layer` is read, with K dividing H;
-    entries beyond a row's own position are ignored; positions: int32 [B, Q]; scale: of the scores, 1/sqrt(D) by
-    default. Returns [B, Q, H, D] in q's dtype; the softmax is float32. Raises ValueError for shapes that do not fit or
-    an unknown `impl`.
+    entries beyond a row's own position are ignored, but for the first prefix[b] (int32 [B]), which all queries of a
+    row see (a prefix-LM's prompt); positions: int32 [B, Q]; alibi_slopes, soft_cap: as in `attention`; bias:
+    [B or 1, H or 1, Q or 1, S], added to the scores; scale: of the scores, 1/sqrt(D) by default.
+    Returns [B, Q, H, D] in q's dtype; the softmax is float32. Raises ValueError for shapes that do not fit or an
+    unknown `impl`.
     """
     fits = k.shape == v.shape and k.ndim == 5 and q.shape[0] == k.shape[1] and q.shape[3] == k.shape[4]
     if not fits or q.shape[2] % k.shape[3] or positions.shape != q.shape[:2]:
@@ -45,5 +51,40 @@ def decode_attention(
             f"decode_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}, positions {positions.shape}; "
             "need [B,Q,H,D], [L,B,S,K,D] twice with K dividing H, [B,Q]"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[explain(impl)](q, k, v, positions, layer, mask=mask, scale=scale)
+    B, Q, H, D = q.shape
+    _check_extras(B, Q, H, k.shape[2], prefix, alibi_slopes, soft_cap, bias)
+    return IMPLEMENTATIONS[explain(impl)](
+        q,
+        k,
+        v,
+        positions,
+        layer,
+        mask=mask,
+        scale=D**-0.5 if scale is None else scale,
+        prefix=prefix,
+        alibi_slopes=alibi_slopes,
+        soft_cap=soft_cap,
+        bias=bias,
+    )
+
+
+def _check_extras(
+    B: int,
+    Q: int,
+    H: int,
+    S: int,
+    prefix: jax.Array | None,
+    alibi_slopes: jax.Array | None,
+    soft_cap: float | None,
+    bias: jax.Array | None,
+) -> None:
+    if prefix is not None and prefix.shape != (B,):
+        raise ValueError(f"decode_attention: prefix {prefix.shape} for {B} rows; need a length a row")
+    if alibi_slopes is not None and alibi_slopes.shape != (H,):
+        raise ValueError(f"decode_attention: alibi_slopes {alibi_slopes.shape} for {H} heads; need one slope a head")
+    if soft_cap is not None and not soft_cap > 0.0:
+        raise ValueError(f"decode_attention: soft_cap = {soft_cap}: must be above 0; None for no cap")
+    if bias is not None:
+        fits = bias.ndim == 4 and all(a in (1, b) for a, b in zip(bias.shape[:3], (B, H, Q), strict=True))
+        if not fits or bias.shape[3] != S:
+            raise ValueError(f"decode_attention: bias {bias.shape} does not broadcast to [B,H,Q,S] = {(B, H, Q, S)}")

@@ -10,8 +10,44 @@ from pallas_kernels.attention.masks import Mask
 
 
 def decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array, *, mask: Mask, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    layer: jax.Array,
+    *,
+    mask: Mask,
+    scale: float,
+    prefix: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Arguments and result as in `api.decode_attention`."""
-    seen = mask.allowed(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :])
-    return reference.masked_softmax_attention(q, k[layer], v[layer], seen, scale=scale)
+    entries = jnp.arange(k.shape[2])
+    added = added_to_scores(positions, entries, alibi_slopes, bias)
+    seen = seen_entries(mask, positions, entries, prefix)
+    return reference.masked_softmax_attention(q, k[layer], v[layer], seen, scale=scale, soft_cap=soft_cap, bias=added)[
+        0
+    ]
+
+
+def seen_entries(mask: Mask, positions: jax.Array, entries: jax.Array, prefix: jax.Array | None) -> jax.Array:
+    """Whether queries at `positions` [B, Q] see `entries` [S] of their row's cache: bool [B, Q, S]."""
+    q_index, kv_index = positions[:, :, None], entries[None, None, :]
+    if prefix is None:
+        return mask.allowed(q_index, kv_index)
+    back = Mask(causal=False, window=mask.window).allowed(q_index, kv_index)
+    return back & (mask.allowed(q_index, kv_index) | (kv_index < prefix[:, None, None]))
+
+
+def added_to_scores(
+    positions: jax.Array, entries: jax.Array, alibi_slopes: jax.Array | None, bias: jax.Array | None
+) -> jax.Array | None:
+    """ALiBi and `bias`, of `entries` [S] alone, summed: [B or 1, H or 1, Q or 1, S], or None without either."""
+    if alibi_slopes is not None:
+        distance = reference.position_bias(
+            alibi_slopes[None, :, None, None], positions[:, None, :, None], entries[None, None, None, :]
+        )
+        bias = distance if bias is None else bias + distance
+    return bias

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.masks import Mask
+from pallas_kernels.decode_attention.reference import added_to_scores, seen_entries
 
 BLOCK = 256
 """Entries a block. Smaller ones cost more calls, larger ones are read where little is filled: of 128, 256, 512 and 1024
@@ -27,6 +28,10 @@ def decode_attention(
     *,
     mask: Mask,
     scale: float,
+    prefix: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
     """Arguments and result as in `api.decode_attention`. Not differentiable: the number of blocks depends on the
@@ -43,9 +48,15 @@ def decode_attention(
         start = jnp.minimum(index * size, S - size)
         k_BSKD, v_BSKD = (jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, B, size, K, D))[0] for x in (k, v))
         entries = start + jnp.arange(size)
-        seen = mask.allowed(positions[:, :, None], entries[None, None, :]) & (entries >= index * size)
+        seen = seen_entries(mask, positions, entries, prefix) & (entries >= index * size)
         seen = seen[:, None, None]
         s = jnp.einsum("BKGQD,BSKD->BKGQS", q_BKGQD, k_BSKD, preferred_element_type=jnp.float32) * scale
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        part = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size, axis=3)
+        added = added_to_scores(positions, entries, alibi_slopes, part)
+        if added is not None:
+            s += jnp.broadcast_to(added, (added.shape[0], H, *added.shape[2:])).reshape(-1, K, H // K, *added.shape[2:])
         return jnp.where(seen, s, -1e30), seen, v_BSKD
 
     def summed(s: jax.Array, seen: jax.Array, v_BSKD: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +78,7 @@ def decode_attention(
         keep = jnp.exp(so_far[0] - top)
         return top, so_far[1] * keep + total, so_far[2] * keep[..., None] + values
 
-    first, stop = _blocks(positions, mask, size, S)
+    first, stop = _blocks(positions, mask, size, S, prefix)
     sums = begin(first)
     if size < S:
         sums = jax.lax.fori_loop(first + 1, stop, add, sums)
@@ -77,7 +88,9 @@ def decode_attention(
     return jnp.moveaxis(out, 3, 1).reshape(B, Q, H, D).astype(q.dtype)
 
 
-def _blocks(positions: jax.Array, mask: Mask, size: int, length: int) -> tuple[jax.Array, jax.Array]:
+def _blocks(
+    positions: jax.Array, mask: Mask, size: int, length: int, prefix: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """The first block that any query may see and the one behind the last; positions beyond the cache count as its
     end.
     """
@@ -86,4 +99,6 @@ def _blocks(positions: jax.Array, mask: Mask, size: int, length: int) -> tuple[j
     if mask.window is not None:
         first = jnp.clip((jnp.min(positions) - mask.window + 1) // size, 0, blocks - 1)
     stop = jnp.minimum(jnp.max(positions) // size + 1, blocks) if mask.causal else jnp.int32(blocks)
+    if prefix is not None:
+        stop = jnp.clip((jnp.max(prefix) + size - 1) // size, stop, blocks)
     return first, stop

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import Mask, attention, explain
+from pallas_kernels.attention import Mask, attention, check_name
 from pallas_kernels.decode_attention import decode_attention
 from palmjax import sharding
 from palmjax.config import ConfigError, Part, require, section
@@ -49,7 +49,7 @@ class Attention(AttentionPart):
             require(getattr(self, field) >= 1, self, field, "1 or more")
         require(self.window is None or self.window >= 1, self, "window", "1 or more, or None for all keys")
         try:
-            explain(self.impl)
+            check_name(self.impl)
         except ValueError as error:
             raise ConfigError(f"Attention.impl = {self.impl!r}: {error}") from error
         if self.num_heads % self.num_kv_heads:
@@ -85,11 +85,11 @@ class AttentionModule(nn.Module):
         k = Dense(project, (D, K, N), kv, D, KEYS, name="key")(x_BTD)
         v = Dense(project, (D, K, N), kv, D, KEYS, name="value")(x_BTD)
         q, k = c.positions.rotate(q, rows.positions), c.positions.rotate(k, rows.positions)
-        mask = Mask(causal=True, window=c.window)
+        mask, chip = Mask(causal=True, window=c.window), sharding.device_kind()
         if cache is None:
 
             def op(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-                return attention(q, k, v, mask=mask, segments=segments, impl=c.impl)
+                return attention(q, k, v, mask=mask, segments=segments, impl=c.impl, chip=chip)
 
             op = jax.checkpoint(op) if self.recompute else op
             out = sharding.local(op, (QUERIES, KEYS, KEYS, ("batch", "length")), QUERIES, q, k, v, rows.segments)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.attention import Mask, attention, explain
+from pallas_kernels.attention import Mask, attention, check_name
 from pallas_kernels.attention.reference import masked_softmax_attention
 from pallas_kernels.decode_attention import decode_attention
 
@@ -70,9 +70,9 @@ def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients():
     seen = jnp.array([[True, False, False], [False, False, False], [True, True, True]])[None]
 
     def total(q, k, v):
-        return jnp.sum(masked_softmax_attention(q, k, v, seen, scale=1.0))
+        return jnp.sum(masked_softmax_attention(q, k, v, seen, scale=1.0)[0])
 
-    out = masked_softmax_attention(q, k, v, seen, scale=1.0)
+    out, _ = masked_softmax_attention(q, k, v, seen, scale=1.0)
     assert np.all(out[:, 1] == 0.0)
     gradients = jax.grad(total, argnums=(0, 1, 2))(q, k, v)
     assert all(np.all(np.isfinite(g)) for g in gradients)
@@ -87,6 +87,6 @@ def test_what_cannot_work_is_refused_with_the_shapes():
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         attention(q, k, v, mask=Mask())
     with pytest.raises(ValueError, match="unknown implementation 'flash'"):
-        explain("flash")
+        check_name("flash")
     with pytest.raises(ValueError, match=r"window = 0"):
         Mask(window=0)

@@ -1,0 +1,57 @@
+"""One call of attention as a value: what choosing an implementation, its block sizes and its cost depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from pallas_kernels.attention.masks import Mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Shapes of one device's part: B rows, T tokens, H query heads, K key/value heads, D head dimension.
+
+    ranged: whether what a query sees depends on data (segments, a prefix), beyond what `mask` says of a whole row.
+    """
+
+    rows: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    mask: Mask
+    ranged: bool = False
+    alibi: bool = False
+    soft_cap: bool = False
+    bias: bool = False
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of one row and head that the mask leaves, without segments."""
+        t = self.length
+        back = t if self.mask.window is None else min(self.mask.window, t)
+        behind = back * t - back * (back - 1) // 2
+        return behind if self.mask.causal else behind + t * (t - 1) // 2
+
+    @property
+    def forward_flops(self) -> int:
+        """Multiplications and additions of the two products over those pairs."""
+        return 4 * self.rows * self.heads * self.head_dim * self.pairs
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of q, k and v."""
+        return 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+
+    def __str__(self) -> str:
+        extras = [name for name in ("ranged", "alibi", "soft_cap", "bias") if getattr(self, name)]
+        mask = "causal" if self.mask.causal else "bidirectional"
+        mask += f" window {self.mask.window}" if self.mask.window is not None else ""
+        return (
+            f"q [{self.rows},{self.length},{self.heads},{self.head_dim}], "
+            f"k and v [{self.rows},{self.length},{self.kv_heads},{self.head_dim}] {self.dtype}, "
+            + ", ".join([mask, *extras])
+        )
