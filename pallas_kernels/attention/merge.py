@@ -1,0 +1,26 @@
+"""Attention over parts of the keys, put together by the log-sum-exp of each part."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import reference
+
+Found = tuple[jax.Array, jax.Array]
+"""(out [B, T, H, D], lse float32 [B, T, H]) of some of the keys."""
+
+
+def nothing(q: jax.Array) -> Found:
+    """What queries find where there are no keys, float32."""
+    return jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], reference.EMPTY, jnp.float32)
+
+
+def merge(a: Found, b: Found) -> Found:
+    """What queries find in the keys of `a` and `b` together, float32."""
+    top = jnp.maximum(a[1], b[1])
+    of_a, of_b = jnp.exp(a[1] - top), jnp.exp(b[1] - top)
+    total = of_a + of_b
+    share_a, share_b = ((x / total)[..., None] for x in (of_a, of_b))
+    out = share_a * a[0].astype(jnp.float32) + share_b * b[0].astype(jnp.float32)
+    return out, jnp.maximum(top + jnp.log(total), reference.EMPTY)

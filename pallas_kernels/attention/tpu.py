@@ -1,0 +1,277 @@
+"""Attention on TPUs through Mosaic: layout, padding, the gradient, and keys that do not all fit in VMEM.
+
+Heads are packed with tokens: with one key/value head, q [B, T, H, D] is [B, T H, D] in place, and a block of tokens with
+all heads is one contiguous copy and one tall matrix against the keys. More key/value heads are more sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import merge, tpu_backward, tpu_forward
+from pallas_kernels.attention.masks import Mask
+from pallas_kernels.attention.tpu_plan import CHUNK, LANES, LOG2E, Blocks, Plan, bounds_table
+
+NOTHING = 1e30
+"""The "lse" of a padding row: every weight is exp2(score - it) = 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Block sizes of both passes; the most keys that a pass holds in VMEM (more are taken one part after the other)."""
+
+    forward: Blocks
+    backward: Blocks
+    forward_keys: int
+    backward_keys: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Static:
+    mask: Mask | None
+    scale: float
+    soft_cap: float | None
+    signed: bool
+    tuning: Tuning
+    interpret: Any
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    stop: jax.Array,
+    *,
+    mask: Mask | None,
+    scale: float,
+    tuning: Tuning,
+    alibi_slopes: jax.Array | None = None,
+    soft_cap: float | None = None,
+    offset: jax.Array | int = 0,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(out [B, T, H, D], lse [B, T, H]); query i sees keys first[i] <= j < stop[i], int32 [B, T] each.
+
+    mask: when the ranges are no more than `masks.fixed_ranges(mask, T)`, so that bounds need no data; else None.
+    offset: place of query 0 among the keys, for ALiBi. interpret: of `pallas_call`; False compiles for a TPU.
+    """
+    signed = alibi_slopes is not None and (mask is None or not mask.causal)
+    static = _Static(
+        mask=mask, scale=scale, soft_cap=soft_cap, signed=signed, tuning=tuning, interpret=_hashable(interpret)
+    )
+    return _attention(static, q, k, v, first, stop, alibi_slopes, jnp.asarray(offset, jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ByIdentity:
+    value: Any
+
+
+def _hashable(interpret: Any) -> Any:
+    return interpret if isinstance(interpret, bool) else _ByIdentity(interpret)
+
+
+def _given(interpret: Any) -> Any:
+    return interpret.value if isinstance(interpret, _ByIdentity) else interpret
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
+    return _forward(static, q, k, v, first, stop, slopes, offset)
+
+
+def _attention_fwd(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
+    out, lse = _forward(static, q, k, v, first, stop, slopes, offset)
+    return (out, lse), (q, k, v, first, stop, slopes, offset, out, lse)
+
+
+def _parts(static: _Static, limit: int, k: jax.Array) -> list[tuple[int, int]]:
+    """(begin, end) of runs of keys, of at most `limit` each."""
+    length = k.shape[1]
+    return [(begin, min(begin + limit, length)) for begin in range(0, length, limit)]
+
+
+def _forward(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
+    parts = _parts(static, static.tuning.forward_keys, k)
+    if len(parts) == 1:
+        return _forward_part(static, q, k, v, first, stop, slopes, offset, q.dtype)
+    found = merge.nothing(q)
+    for begin, end in parts:
+        some = dataclasses.replace(static, mask=None)
+        bounds = (jnp.clip(first - begin, 0, end - begin), jnp.clip(stop - begin, 0, end - begin))
+        part = _forward_part(
+            some, q, k[:, begin:end], v[:, begin:end], *bounds, slopes, offset - begin, jnp.float32
+        )
+        found = merge.merge(found, part)
+    return found[0].astype(q.dtype), found[1]
+
+
+def _forward_part(
+    static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    pack = _Packing(q, k, static, static.tuning.forward)
+    plan = pack.plan(_fields(static, slopes))
+    table = bounds_table(plan, *pack.per_sequence(first, stop)) if plan.mask is None else None
+    fields = jnp.stack(pack.fields(plan.fields, first, stop, slopes, offset), axis=1)
+    out, lse = tpu_forward.forward(
+        plan,
+        table,
+        fields,
+        pack.rows(q),
+        pack.keys(k),
+        pack.keys(v),
+        out_dtype=dtype,
+        vmem_mib=static.tuning.forward.vmem_mib,
+        interpret=_given(static.interpret),
+    )
+    return pack.from_rows(out), pack.from_lanes(lse[:, 0])
+
+
+def _attention_bwd(static: _Static, kept: Any, cotangents: Any) -> Any:
+    q, k, v, first, stop, slopes, offset, out, lse = kept
+    do, dlse = cotangents
+    delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
+    dq, dks, dvs = None, [], []
+    parts = _parts(static, static.tuning.backward_keys, k)
+    for begin, end in parts:
+        some, bounds = static, (first, stop)
+        if len(parts) > 1:
+            some = dataclasses.replace(static, mask=None)
+            bounds = tuple(jnp.clip(x - begin, 0, end - begin) for x in bounds)
+        dtype = q.dtype if len(parts) == 1 else jnp.float32
+        part, dk, dv = _backward_part(
+            some, q, k[:, begin:end], v[:, begin:end], *bounds, slopes, offset - begin, do, lse, delta, dtype
+        )
+        dq = part if dq is None else dq + part
+        dks.append(dk)
+        dvs.append(dv)
+    assert dq is not None
+    dk, dv = (jnp.concatenate(x, axis=1).astype(k.dtype) for x in (dks, dvs))
+    return dq.astype(q.dtype), dk, dv, None, None, None, None
+
+
+def _backward_part(
+    static: _Static,
+    q: Any,
+    k: Any,
+    v: Any,
+    first: Any,
+    stop: Any,
+    slopes: Any,
+    offset: Any,
+    do: Any,
+    lse: Any,
+    delta: Any,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    pack = _Packing(q, k, static, static.tuning.backward, by_core=True)
+    plan = pack.plan((*_fields(static, slopes), "lse", "delta"))
+    table = bounds_table(plan, *pack.per_sequence(first, stop)) if plan.mask is None else None
+    fields = pack.fields(plan.fields[:-2], first, stop, slopes, offset)
+    fields += [pack.lanes(lse * LOG2E, NOTHING), pack.lanes(delta, 0.0)]
+    dq, dk, dv = tpu_backward.backward(
+        plan,
+        table,
+        jnp.stack(fields, axis=1),
+        pack.rows(q),
+        pack.rows(do.astype(q.dtype)),
+        pack.keys(k),
+        pack.keys(v),
+        dq_dtype=dtype,
+        vmem_mib=static.tuning.backward.vmem_mib,
+        interpret=_given(static.interpret),
+    )
+    return pack.from_rows(dq), pack.from_keys(dk), pack.from_keys(dv)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _fields(static: _Static, slopes: Any) -> tuple[str, ...]:
+    below = static.mask is None or static.mask.window is not None
+    return ("stop", *(("first",) if below else ()), *(("index", "slope") if slopes is not None else ()))
+
+
+class _Packing:
+    """[B, T, H, D] and [B, S, K, D] to the kernels' [N, R, D] and [N, S, D] and back; N = B K, R = T H / K, padded."""
+
+    def __init__(self, q: jax.Array, k: jax.Array, static: _Static, blocks: Blocks, by_core: bool = False):
+        self.B, self.T, self.H, self.D = q.shape
+        self.S, self.K = k.shape[1:3]
+        self.G = self.H // self.K
+        self.static = static
+        self.largest = blocks.keys
+        # An even number of sequences is shared out whole; the queries of an odd one are.
+        self.cores = blocks.cores if by_core and self.B * self.K % blocks.cores else 1
+        tokens = blocks.tokens(self.G)
+        self.tokens = min(tokens, -(-self.T // (step := blocks.smallest(self.G))) * step)
+
+    def plan(self, fields: tuple[str, ...]) -> Plan:
+        self._plan = Plan(
+            length=self.T,
+            keys=-(-self.S // CHUNK) * CHUNK,
+            heads=self.G,
+            tokens=self.tokens,
+            largest=self.largest,
+            cores=self.cores,
+            mask=self.static.mask,
+            fields=fields,
+            scale=self.static.scale,
+            soft_cap=self.static.soft_cap,
+            signed=self.static.signed,
+        )
+        return self._plan
+
+    @property
+    def padded(self) -> int:
+        return self._plan.blocks * self._plan.tokens
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, self.padded - self.T), (0, 0), (0, -self.D % LANES)))
+        if self.K > 1:
+            x = jnp.swapaxes(x.reshape(self.B, self.padded, self.K, self.G, x.shape[3]), 1, 2)
+        return x.reshape(self.B * self.K, self.padded * self.G, x.shape[-1])
+
+    def from_rows(self, x: jax.Array) -> jax.Array:
+        if self.K > 1:
+            x = jnp.swapaxes(x.reshape(self.B, self.K, self.padded, self.G, x.shape[2]), 1, 2)
+        return x.reshape(self.B, self.padded, self.H, x.shape[-1])[:, : self.T, :, : self.D]
+
+    def keys(self, x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, self._plan.keys - self.S), (0, 0), (0, -self.D % LANES)))
+        return jnp.swapaxes(x, 1, 2).reshape(self.B * self.K, self._plan.keys, x.shape[3])
+
+    def from_keys(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(self.B, self.K, self._plan.keys, x.shape[2])[:, :, : self.S, : self.D]
+        return jnp.swapaxes(x, 1, 2)
+
+    def lanes(self, x: jax.Array, filler: float) -> jax.Array:
+        """[B, T, H] to [N, R]."""
+        x = jnp.pad(x, ((0, 0), (0, self.padded - self.T), (0, 0)), constant_values=filler)
+        x = jnp.swapaxes(x.reshape(self.B, self.padded, self.K, self.G), 1, 2)
+        return x.reshape(self.B * self.K, self.padded * self.G)
+
+    def from_lanes(self, x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(self.B, self.K, self.padded, self.G), 1, 2)
+        return x.reshape(self.B, self.padded, self.H)[:, : self.T]
+
+    def per_sequence(self, *ranges: jax.Array) -> list[jax.Array]:
+        return [jnp.repeat(x, self.K, axis=0) for x in ranges]
+
+    def fields(
+        self, names: tuple[str, ...], first: jax.Array, stop: jax.Array, slopes: jax.Array | None, offset: jax.Array
+    ) -> list[jax.Array]:
+        """Each float32 [N, R]; padding rows see nothing."""
+        shape = (self.B, self.T, self.H)
+        index = jnp.arange(self.T)[None, :, None] + offset
+        values: dict[str, Any] = {"stop": stop[:, :, None], "first": first[:, :, None], "index": index}
+        if slopes is not None:
+            values["slope"] = slopes * LOG2E
+        return [self.lanes(jnp.broadcast_to(values[name].astype(jnp.float32), shape), 0.0) for name in names]
+
