@@ -177,7 +177,9 @@ def local(
     specs = tuple(_as_spec(d) for d in dims if d is not None)
     placed = [jax.sharding.reshard(a, s) for (_, a), s in zip(present, specs, strict=True)]
     shape = present[0][1].shape
-    return jax.shard_map(call, in_specs=specs, out_specs=out_spec(out, shape, "kernel result"))(*placed)
+    # Unchecked: a Pallas call cannot say over which mesh axes its results vary (jax 0.10.2, in interpret mode too).
+    result = out_spec(out, shape, "kernel result")
+    return jax.shard_map(call, in_specs=specs, out_specs=result, check_vma=False)(*placed)
 
 
 def split_rows(x: jax.Array, parts: int) -> jax.Array:

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import others, reference, tpu, xla
 from pallas_kernels.attention.case import Case
 from pallas_kernels.attention.choice import choose
-from pallas_kernels.attention.masks import Mask, ranges
+from pallas_kernels.attention.masks import Mask, ranges, run_ids
 
 _CAUSAL = Mask()
 
@@ -36,6 +36,7 @@ def attention(
     with_lse: bool = False,
     impl: str = "auto",
     chip: str | None = None,
+    interpret: Any = False,
 ) -> Any:
     """Self-attention of whole rows: softmax(cap(scale q k^T) + ALiBi + bias, where the mask lets see) v.
 
@@ -46,7 +47,8 @@ def attention(
     c tanh(x / c), put on the scaled scores before anything is added. bias: [B or 1, H or 1, T or 1, T], added and
     differentiated. scale: of q k^T, 1/sqrt(D) by default.
     impl: a name of `choice.NAMES`, or "auto". chip: the kind of device that the program is for, as jax names it ("TPU
-    v4"); None is a CPU. It is a value because a program may be compiled where it does not run.
+    v4"); None is a CPU. It is a value because a program may be compiled where it does not run. interpret: of the Mosaic
+    kernels, as `pallas_call` takes it: True runs them as plain operations on any device.
 
     Returns [B, T, H, D] in q's dtype, and with `with_lse` also the log-sum-exp of each query's scores, float32 [B, T,
     H], differentiable. The softmax is float32. A query that sees nothing gives zeros and `reference.EMPTY`.
@@ -62,18 +64,29 @@ def attention(
         head_dim=D,
         dtype=str(q.dtype),
         mask=mask,
-        ranged=segments is not None or prefix is not None,
+        segments=segments is not None,
+        prefix=prefix is not None,
         alibi=alibi_slopes is not None,
         soft_cap=soft_cap is not None,
         bias=bias is not None,
+        lse=with_lse,
     )
-    choose(impl, case, chip)
-    first, stop = ranges(mask, B, T, segments, prefix)
+    choice = choose(impl, case, chip)
     scale = D**-0.5 if scale is None else scale
-    out, lse = reference.attention(
-        q, k, v, first, stop, scale=scale, alibi_slopes=alibi_slopes, soft_cap=soft_cap, bias=bias
-    )
-    return (out, lse) if with_lse else out
+    if choice.name in others.NAMES:
+        ids = None if segments is None else run_ids(segments)
+        return others.run(choice.name, q, k, v, case=case, scale=scale, soft_cap=soft_cap, segments=ids)
+    bounds = ranges(mask, B, T, segments, prefix)
+    shared: dict[str, Any] = dict(scale=scale, alibi_slopes=alibi_slopes, soft_cap=soft_cap)
+    if choice.name == "einsum":
+        found = reference.attention(q, k, v, *bounds, bias=bias, **shared)
+    elif choice.name == "xla":
+        found = xla.attention(q, k, v, *bounds, **shared)
+    else:
+        assert choice.row is not None
+        fixed = None if case.ranged else mask
+        found = tpu.attention(q, k, v, *bounds, mask=fixed, tuning=choice.row.tuning, interpret=interpret, **shared)
+    return found if with_lse else found[0]
 
 
 def _check(

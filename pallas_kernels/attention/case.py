@@ -13,7 +13,7 @@ from pallas_kernels.attention.masks import Mask
 class Case:
     """Shapes of one device's part: B rows, T tokens, H query heads, K key/value heads, D head dimension.
 
-    ranged: whether what a query sees depends on data (segments, a prefix), beyond what `mask` says of a whole row.
+    segments, prefix, alibi, soft_cap, bias: whether they are given. lse: whether the log-sum-exp is asked for.
     """
 
     rows: int
@@ -23,10 +23,17 @@ class Case:
     head_dim: int
     dtype: str
     mask: Mask
-    ranged: bool = False
+    segments: bool = False
+    prefix: bool = False
     alibi: bool = False
     soft_cap: bool = False
     bias: bool = False
+    lse: bool = False
+
+    @property
+    def ranged(self) -> bool:
+        """Whether what a query sees depends on data, beyond what `mask` says of a whole row."""
+        return self.segments or self.prefix
 
     @property
     def pairs(self) -> int:
@@ -47,7 +54,7 @@ class Case:
         return 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
 
     def __str__(self) -> str:
-        extras = [name for name in ("ranged", "alibi", "soft_cap", "bias") if getattr(self, name)]
+        extras = [name for name in ("segments", "prefix", "alibi", "soft_cap", "bias", "lse") if getattr(self, name)]
         mask = "causal" if self.mask.causal else "bidirectional"
         mask += f" window {self.mask.window}" if self.mask.window is not None else ""
         return (

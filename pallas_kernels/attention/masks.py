@@ -54,7 +54,7 @@ def ranges(
     if segments is None:
         segments = jnp.zeros((rows, length), jnp.int32)
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
-    change = jnp.concatenate([jnp.ones((rows, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    change = _begins(segments)
     start = jax.lax.cummax(jnp.where(change, index, 0), axis=1)
     last = jnp.concatenate([change[:, 1:], jnp.ones((rows, 1), bool)], axis=1)
     end = jax.lax.cummin(jnp.where(last, index + 1, length), axis=1, reverse=True)
@@ -63,3 +63,12 @@ def ranges(
         count = jnp.take_along_axis(marks, end, axis=1) - jnp.take_along_axis(marks, start, axis=1)
         stop = jnp.maximum(stop, start + count)
     return jnp.maximum(first, start), jnp.minimum(stop, end)
+
+
+def run_ids(segments: jax.Array) -> jax.Array:
+    """Ids that differ between any two runs of equal ids, int32 [B, T]: for those who go by equality."""
+    return jnp.cumsum(_begins(segments).astype(jnp.int32), axis=1)
+
+
+def _begins(segments: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)

@@ -1,7 +1,7 @@
 """Attention on TPUs through Mosaic: layout, padding, the gradient, and keys that do not all fit in VMEM.
 
-Heads are packed with tokens: with one key/value head, q [B, T, H, D] is [B, T H, D] in place, and a block of tokens with
-all heads is one contiguous copy and one tall matrix against the keys. More key/value heads are more sequences.
+Heads are packed with tokens: with one key/value head, q [B, T, H, D] is [B, T H, D] in place, and a block of tokens
+with all heads is one contiguous copy and one tall matrix against the keys. More key/value heads are more sequences.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def _forward(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slo
     for begin, end in parts:
         some = dataclasses.replace(static, mask=None)
         bounds = (jnp.clip(first - begin, 0, end - begin), jnp.clip(stop - begin, 0, end - begin))
-        part = _forward_part(
-            some, q, k[:, begin:end], v[:, begin:end], *bounds, slopes, offset - begin, jnp.float32
-        )
+        part = _forward_part(some, q, k[:, begin:end], v[:, begin:end], *bounds, slopes, offset - begin, jnp.float32)
         found = merge.merge(found, part)
     return found[0].astype(q.dtype), found[1]
 
@@ -274,4 +272,3 @@ class _Packing:
         if slopes is not None:
             values["slope"] = slopes * LOG2E
         return [self.lanes(jnp.broadcast_to(values[name].astype(jnp.float32), shape), 0.0) for name in names]
-

@@ -87,8 +87,8 @@ def forward(
     vmem_mib: int | None,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse). q, out: [N, R, D], R = blocks x rows, D a multiple of 128; k, v: [N, S, D]; fields: float32 [N, F, R];
-    table: `bounds_table` when ranges are data; lse: float32 [N, 1, R].
+    """(out, lse). q, out: [N, R, D], R = blocks x rows, D a multiple of 128; k, v: [N, S, D]; fields: float32
+    [N, F, R]; table: `bounds_table` when ranges are data; lse: float32 [N, 1, R].
     """
     N, R, D = q.shape
     S = k.shape[1]

@@ -130,7 +130,11 @@ def _fwd(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes:
             return new, total * keep + jnp.sum(weights, axis=-1), values * keep[..., None] + more
 
         # No row's top goes below this floor, so what is masked weighs nothing even in a row that sees nothing.
-        begin = (jnp.full(q.shape[:-1], -1e29, cut.real), jnp.zeros(q.shape[:-1], cut.real), jnp.zeros(q.shape, cut.real))
+        begin = (
+            jnp.full(q.shape[:-1], -1e29, cut.real),
+            jnp.zeros(q.shape[:-1], cut.real),
+            jnp.zeros(q.shape, cut.real),
+        )
         top, total, values = jax.lax.fori_loop(*cut.visited(first, stop), add, begin)
         empty = total == 0.0
         total = jnp.where(empty, 1.0, total)

@@ -69,7 +69,9 @@ def _time(plan: Plan) -> list[str]:
             f"    {slow.seconds:>8.4g} s  x{slow.runs:<6}{slow.kind}{axis}  {slow.shape}  {short(slow.op_name)}  {slow.place}"
         )
     if plan.run is not None:
-        energy = "" if plan.run.energy_mwh is None else f", {plan.run.energy_mwh:,.4g} MWh (chips, with the data centre's)"
+        energy = (
+            "" if plan.run.energy_mwh is None else f", {plan.run.energy_mwh:,.4g} MWh (chips, with the data centre's)"
+        )
         lines += [
             "",
             f"RUN  {si(plan.run.tokens)} tokens: {plan.run.days:.3g} days, {plan.run.chip_hours:,.0f} chip-hours{energy}",
@@ -152,7 +154,9 @@ def _draw_parts(axes: Any, plan: Plan) -> None:
     if plan.time is None:
         axes.set_axis_off()
         return
-    parts = [(name, seconds) for name, seconds in plan.time.parts.items() if seconds > 0.004 * plan.time.step][:14][::-1]
+    parts = [(name, seconds) for name, seconds in plan.time.parts.items() if seconds > 0.004 * plan.time.step][:14][
+        ::-1
+    ]
     colors = [_COLORS.get(name, "#4878a8") for name, _ in parts]
     bars = axes.barh([name for name, _ in parts], [seconds for _, seconds in parts], color=colors)
     axes.bar_label(bars, fmt="%.3g", padding=3)

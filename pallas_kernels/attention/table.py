@@ -1,0 +1,79 @@
+"""Block sizes by chip, from `tuned/*.json`. Each row says where its numbers come from; `python -m pallas_kernels.tune`
+makes them anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.attention.case import Case
+from pallas_kernels.attention.tpu import Tuning
+from pallas_kernels.attention.tpu_plan import LANES, Blocks
+
+FOLDER = Path(__file__).parent / "tuned"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was found for one shape on one chip.
+
+    length, heads (of one key/value head), head_dim, dtype: the shape, causal, one sequence. forward_cycles,
+    backward_cycles: of the busiest core. flops_per_cycle: of one core, bfloat16. source: what the cycles are
+    ("bundles": instructions of the compiler's final listing times how often each block of them runs; "measured").
+    provenance: versions and date.
+    """
+
+    chip: str
+    length: int
+    heads: int
+    head_dim: int
+    dtype: str
+    tuning: Tuning
+    forward_cycles: int
+    backward_cycles: int
+    flops_per_cycle: int
+    source: str
+    provenance: dict[str, str]
+
+    @property
+    def cores(self) -> int:
+        return self.tuning.backward.cores
+
+
+def as_tuning(entry: dict[str, Any]) -> Tuning:
+    """A Tuning from its JSON form."""
+    return Tuning(**{key: Blocks(**value) if isinstance(value, dict) else value for key, value in entry.items()})
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    return Row(**{**entry, "tuning": as_tuning(entry["tuning"])})
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+    """All rows of all files."""
+    return tuple(_row(entry) for path in sorted(FOLDER.glob("*.json")) for entry in json.loads(path.read_text()))
+
+
+def chips() -> list[str]:
+    """The device kinds that have rows."""
+    return sorted({row.chip for row in rows()})
+
+
+def find(case: Case, chip: str) -> Row | None:
+    """The row whose block sizes `case` takes on `chip`: of its dtype, with heads at least as wide, nearest in length
+    and then in heads; None when there is no such row.
+    """
+    width = -(-case.head_dim // LANES) * LANES
+    fits = [row for row in rows() if row.chip == chip and row.dtype == case.dtype and row.head_dim >= width]
+
+    def distance(row: Row) -> tuple[float, ...]:
+        heads = case.heads // case.kv_heads
+        return row.head_dim, abs(math.log2(row.length / case.length)), abs(math.log2(row.heads / heads))
+
+    return min(fits, key=distance, default=None)
