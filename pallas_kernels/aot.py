@@ -2,8 +2,8 @@
 
     python -m pallas_kernels.aot '{"chip": "TPU v4", "target": "module:function", "arguments": {...}}'
 
-compiles what `function(chip=, **arguments)` returns (a function and its abstract operands). The compiler reads its flags
-once per process, so `listings` has a process of its own compile.
+compiles what `function(chip=, **arguments)` returns (a function and its abstract operands). The compiler reads its
+flags once per process, so `listings` has a process of its own compile.
 """
 
 from __future__ import annotations

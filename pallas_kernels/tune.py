@@ -26,7 +26,7 @@ from pallas_kernels import aot
 from pallas_kernels.attention import bundles, table
 
 VMEM_MIB: dict[str, int | None] = {"TPU v4": None, "TPU v5 lite": 64, "TPU v5": 64, "TPU v6 lite": 64, "TPU7x": 44}
-"""What a kernel may take: v4 has 16 MiB a core, its compiler's own limit; the others 128 (TPU7x 64), shared with XLA."""
+"""What a kernel may take: v4 has 16 MiB a core, its compiler's own limit; the others 128 (TPU7x 64)."""
 
 SHAPES = ((2048, 16, 256, "bfloat16"), (2048, 16, 128, "bfloat16"), (2048, 16, 256, "float32"))
 """(length, heads, head_dim, dtype) of the rows."""
@@ -41,7 +41,7 @@ def candidates(chip: str, width: int, dtype: str) -> Iterator[dict[str, Any]]:
     """Tunings to try, of one chip."""
     small = 2 if dtype == "float32" else 1
     keys = KEYS.get(chip, LONG) // small * (2 if width < 256 else 1)
-    for rows in (512, 1024, 2048):
+    for rows in (1024, 2048, 512):
         for size in (256, 512, 1024):
             block = {
                 "rows": rows // small,
@@ -82,33 +82,56 @@ def timed(chip: str, length: int, heads: int, width: int, dtype: str, tuning: di
 
 
 def best(chip: str, shape: tuple[int, int, int, str], at_hand: bool) -> dict[str, Any]:
-    """One row: the best candidate of each pass. Raises ValueError if none compiles."""
+    """One row: the best candidate of each pass; of float32, whose products are loops of their own in the listing, the
+    first that compiles. Raises ValueError if none does.
+    """
     length, heads, width, dtype = shape
     costs: dict[str, list[tuple[int, dict[str, Any]]]] = {"forward": [], "backward": []}
     keys: list[int] = []
     for tuning in candidates(chip, width, dtype):
         if not compiles(chip, heads, width, dtype, tuning):
             continue
-        keys.append(tuning["forward_keys"])
+        if dtype == "float32" and not at_hand:
+            return row(chip, shape, tuning, None, None, "compiled")
         cost = (timed if at_hand else bundles.measure)(chip, length, heads, width, dtype, tuning)
         print(f"{chip} {shape} rows {tuning['forward']['rows']} keys {tuning['forward']['keys']}: {cost}", flush=True)
+        keys.append(tuning["forward_keys"])
         for which in costs:
             costs[which].append((cost[which], tuning[which]))
     if not keys:
         raise ValueError(f"no candidate of {shape} compiles for {chip}")
     chosen = {which: min(costs[which], key=lambda pair: pair[0]) for which in costs}
-    limits = {f"{which}_keys": min(keys) for which in costs}
+    tuning = {which: pair[1] for which, pair in chosen.items()} | {f"{which}_keys": min(keys) for which in costs}
+    return row(
+        chip,
+        shape,
+        tuning,
+        chosen["forward"][0],
+        chosen["backward"][0],
+        "measured" if at_hand else "bundles",
+    )
+
+
+def row(
+    chip: str,
+    shape: tuple[int, int, int, str],
+    tuning: dict[str, Any],
+    forward: int | None,
+    backward: int | None,
+    source: str,
+) -> dict[str, Any]:
+    """A row of the table, as JSON."""
+    length, heads, width, dtype = shape
     return {
         "chip": chip,
         "length": length,
         "heads": heads,
         "head_dim": width,
         "dtype": dtype,
-        "tuning": {which: pair[1] for which, pair in chosen.items()} | limits,
-        "forward_cycles": chosen["forward"][0],
-        "backward_cycles": chosen["backward"][0],
-        "flops_per_cycle": aot.FLOPS_PER_CYCLE[chip],
-        "source": "measured" if at_hand else "bundles",
+        "tuning": tuning,
+        "forward_cost": forward,
+        "backward_cost": backward,
+        "source": source,
         "provenance": provenance(),
     }
 

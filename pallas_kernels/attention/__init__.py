@@ -4,5 +4,6 @@ from pallas_kernels.attention.api import attention, explain
 from pallas_kernels.attention.case import Case
 from pallas_kernels.attention.choice import check_name
 from pallas_kernels.attention.masks import Mask
+from pallas_kernels.attention.ring import ring_attention
 
-__all__ = ["Case", "Mask", "attention", "check_name", "explain"]
+__all__ = ["Case", "Mask", "attention", "check_name", "explain", "ring_attention"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import others, reference, tpu, xla
 from pallas_kernels.attention.case import Case
-from pallas_kernels.attention.choice import choose
+from pallas_kernels.attention.choice import Choice, choose
 from pallas_kernels.attention.masks import Mask, ranges, run_ids
 
 _CAUSAL = Mask()
@@ -34,6 +34,7 @@ def attention(
     bias: jax.Array | None = None,
     scale: float | None = None,
     with_lse: bool = False,
+    recompute: bool = False,
     impl: str = "auto",
     chip: str | None = None,
     interpret: Any = False,
@@ -46,6 +47,7 @@ def attention(
     alibi_slopes: float32 [H]; adds -slope |i - j| (Press et al. 2022); not differentiated. soft_cap: c of
     c tanh(x / c), put on the scaled scores before anything is added. bias: [B or 1, H or 1, T or 1, T], added and
     differentiated. scale: of q k^T, 1/sqrt(D) by default.
+    recompute: the backward pass keeps no scores; only "einsum" ever does, and then makes them again.
     impl: a name of `choice.NAMES`, or "auto". chip: the kind of device that the program is for, as jax names it ("TPU
     v4"); None is a CPU. It is a value because a program may be compiled where it does not run. interpret: of the Mosaic
     kernels, as `pallas_call` takes it: True runs them as plain operations on any device.
@@ -76,17 +78,55 @@ def attention(
     if choice.name in others.NAMES:
         ids = None if segments is None else run_ids(segments)
         return others.run(choice.name, q, k, v, case=case, scale=scale, soft_cap=soft_cap, segments=ids)
-    bounds = ranges(mask, B, T, segments, prefix)
-    shared: dict[str, Any] = dict(scale=scale, alibi_slopes=alibi_slopes, soft_cap=soft_cap)
-    if choice.name == "einsum":
-        found = reference.attention(q, k, v, *bounds, bias=bias, **shared)
-    elif choice.name == "xla":
-        found = xla.attention(q, k, v, *bounds, **shared)
-    else:
-        assert choice.row is not None
-        fixed = None if case.ranged else mask
-        found = tpu.attention(q, k, v, *bounds, mask=fixed, tuning=choice.row.tuning, interpret=interpret, **shared)
+    first, stop = ranges(mask, B, T, segments, prefix)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return over_ranges(
+            choice,
+            q,
+            k,
+            v,
+            first,
+            stop,
+            mask=None if case.ranged else mask,
+            scale=scale,
+            alibi_slopes=alibi_slopes,
+            soft_cap=soft_cap,
+            bias=bias,
+            interpret=interpret,
+        )
+
+    found = (jax.checkpoint(run) if recompute and choice.name == "einsum" else run)(q, k, v)
     return found if with_lse else found[0]
+
+
+def over_ranges(
+    choice: Choice,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    stop: jax.Array,
+    *,
+    mask: Mask | None,
+    scale: float,
+    alibi_slopes: jax.Array | None,
+    soft_cap: float | None,
+    bias: jax.Array | None = None,
+    offset: jax.Array | int = 0,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) by one of our own implementations; query i sees the keys first[i] <= j < stop[i], int32 [B, T] each.
+
+    mask: what says so if no data does, else None. offset: place of query 0 among the keys, for ALiBi.
+    """
+    shared: dict[str, Any] = dict(scale=scale, alibi_slopes=alibi_slopes, soft_cap=soft_cap, offset=offset)
+    if choice.name == "einsum":
+        return reference.attention(q, k, v, first, stop, bias=bias, **shared)
+    if choice.name == "xla":
+        return xla.attention(q, k, v, first, stop, **shared)
+    assert choice.row is not None
+    return tpu.attention(q, k, v, first, stop, mask=mask, tuning=choice.row.tuning, interpret=interpret, **shared)
 
 
 def _check(

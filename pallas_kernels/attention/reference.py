@@ -28,9 +28,13 @@ def attention(
     alibi_slopes: jax.Array | None = None,
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
+    offset: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Query i attends to the keys first[i] <= j < stop[i] (int32 [B, T] each). Returns (out, lse)."""
-    index, other = jnp.arange(k.shape[1]), jnp.arange(q.shape[1])
+    """Query i attends to the keys first[i] <= j < stop[i] (int32 [B, T] each). Returns (out, lse).
+
+    offset: place of query 0 among the keys, for ALiBi.
+    """
+    index, other = jnp.arange(k.shape[1]), jnp.arange(q.shape[1]) + offset
     seen = (index >= first[..., None]) & (index < stop[..., None])
     if alibi_slopes is not None:
         slopes = jax.lax.stop_gradient(alibi_slopes)[:, None, None]

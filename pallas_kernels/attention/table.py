@@ -22,10 +22,10 @@ FOLDER = Path(__file__).parent / "tuned"
 class Row:
     """What was found for one shape on one chip.
 
-    length, heads (of one key/value head), head_dim, dtype: the shape, causal, one sequence. forward_cycles,
-    backward_cycles: of the busiest core. flops_per_cycle: of one core, bfloat16. source: what the cycles are
-    ("bundles": instructions of the compiler's final listing times how often each block of them runs; "measured").
-    provenance: versions and date.
+    length, heads (of one key/value head), head_dim, dtype: the shape, causal, one sequence. forward_cost,
+    backward_cost: of the busiest core; source says of what: "bundles" are instructions of the compiler's final listing
+    times how often each block of them runs, "measured" are microseconds on the chip, "compiled" has no cost and has
+    been shown to compile. provenance: versions and date.
     """
 
     chip: str
@@ -34,15 +34,10 @@ class Row:
     head_dim: int
     dtype: str
     tuning: Tuning
-    forward_cycles: int
-    backward_cycles: int
-    flops_per_cycle: int
+    forward_cost: int | None
+    backward_cost: int | None
     source: str
     provenance: dict[str, str]
-
-    @property
-    def cores(self) -> int:
-        return self.tuning.backward.cores
 
 
 def as_tuning(entry: dict[str, Any]) -> Tuning:

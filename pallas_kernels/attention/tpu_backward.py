@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention.tpu_plan import LANES, Plan, column, columns, dot, for_each_tile, scores
 
 NAME = "palmjax_attention_backward"
+PRODUCTS = 5
 
 
 def block_of(core: Any, step: Any, cores: int) -> Any:
@@ -101,7 +102,7 @@ def backward(
     sums = jax.ShapeDtypeStruct((N, plan.cores, S, D), jnp.float32)
     given = () if table is None else (table,)
     kernel = functools.partial(_kernel, plan) if given else functools.partial(_kernel, plan, None)
-    share = 0.5 if plan.mask is None or plan.mask.causal else 1.0
+    flops = plan.flops(PRODUCTS, D, N)
     dq, dk, dv = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -123,8 +124,8 @@ def backward(
             vmem_limit_bytes=None if vmem_mib is None else vmem_mib * 2**20,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=int(10 * N * R * S * D * share),
-            transcendentals=int(N * R * S * share),
+            flops=flops,
+            transcendentals=flops // (10 * D),
             bytes_accessed=int(3 * q.nbytes + 2 * k.nbytes + 8 * N * plan.cores * S * D),
         ),
         interpret=interpret,

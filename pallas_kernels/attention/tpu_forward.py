@@ -14,6 +14,7 @@ from pallas_kernels.attention import reference
 from pallas_kernels.attention.tpu_plan import LANES, LN2, LOG2E, Plan, columns, dot, for_each_tile, scores
 
 NAME = "palmjax_attention_forward"
+PRODUCTS = 2
 
 MASKED = -1e30
 FLOOR = -1e29
@@ -104,7 +105,7 @@ def forward(
     ]
     given = () if table is None else (table,)
     kernel = functools.partial(_kernel, plan) if given else functools.partial(_kernel, plan, None)
-    share = 0.5 if plan.mask is None or plan.mask.causal else 1.0
+    flops = plan.flops(PRODUCTS, D, N)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -120,8 +121,8 @@ def forward(
             vmem_limit_bytes=None if vmem_mib is None else vmem_mib * 2**20,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=int(4 * N * R * S * D * share),
-            transcendentals=int(N * R * S * share),
+            flops=flops,
+            transcendentals=flops // (4 * D),
             bytes_accessed=int(2 * (q.nbytes + k.nbytes) + 4 * N * R * (1 + len(plan.fields))),
         ),
         interpret=interpret,

@@ -105,6 +105,16 @@ class Plan:
             return False
         return not self.mask.causal or CHUNK % self.tokens == 0
 
+    def flops(self, products: int, width: int, sequences: int = 1) -> int:
+        """Of `products` matrix products over the pairs that the mask leaves; data's masks count as causal."""
+        mask = Mask() if self.mask is None else self.mask
+        length = min(self.length, self.keys)
+        back = length if mask.window is None else min(mask.window, length)
+        pairs = back * self.length - back * (back - 1) // 2
+        if not mask.causal:
+            pairs += self.length * (self.keys - 1) // 2
+        return 2 * products * sequences * self.heads * pairs * width
+
     def bounds(self, block: Any, table: Any = None, sequence: Any = 0) -> tuple[Any, Any, Any, Any]:
         """(low, full, high, end) of a block in chunks: [low, full) and [high, end) are masked, [full, high) is not."""
         if self.mask is None:

@@ -89,9 +89,10 @@ class AttentionModule(nn.Module):
         if cache is None:
 
             def op(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-                return attention(q, k, v, mask=mask, segments=segments, impl=c.impl, chip=chip)
+                return attention(
+                    q, k, v, mask=mask, segments=segments, recompute=self.recompute, impl=c.impl, chip=chip
+                )
 
-            op = jax.checkpoint(op) if self.recompute else op
             out = sharding.local(op, (QUERIES, KEYS, KEYS, ("batch", "length")), QUERIES, q, k, v, rows.segments)
         else:
             cache = {

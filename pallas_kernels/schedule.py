@@ -1,0 +1,58 @@
+"""How long a kernel of this package takes on a chip, before it has run there: from the tuned tables.
+
+    cycles("palmjax_attention_forward", "TPU v4", flops=3.4e10, width=256)    # (cycles, where they come from)
+
+A Pallas call carries no estimate of the compiler's. Its name does (`op`, also inside `jvp_..._`), and so does the
+`CostEstimate` that its author states; what share of the matrix units' peak it reaches is in the table.
+"""
+
+from __future__ import annotations
+
+from pallas_kernels.aot import CORES, FLOPS_PER_CYCLE
+from pallas_kernels.attention import table, tpu_backward, tpu_forward
+from pallas_kernels.attention.bundles import PASSES, plan_of
+
+__all__ = ["cycles", "kernel_in"]
+
+
+def kernel_in(name: str) -> str | None:
+    """The kernel of this package that an HLO instruction or op of this name is a call of; None for others."""
+    return next((kernel for kernel in PASSES.values() if kernel in name), None)
+
+
+def cycles(
+    op: str, chip: str, *, flops: float, width: int = 256, length: int = 2048, dtype: str = "bfloat16"
+) -> tuple[float, str]:
+    """Cycles of one device for a call of `op`, and their source.
+
+    chip: a device kind, as jax names it. flops: what the call's CostEstimate states, of one device. width: head
+    dimension. length: tokens a row. The cycles are those of the matrix units at peak over the share of the peak that
+    the compiler's final listing (bundles, without waits) shows for the nearest row; with no row, the peak itself.
+    Raises ValueError for an op or a chip that the package does not know.
+    """
+    kernel = kernel_in(op)
+    if kernel is None:
+        raise ValueError(f"schedule: no kernel is called {op!r}; there is {', '.join(PASSES.values())}")
+    if chip not in FLOPS_PER_CYCLE:
+        raise ValueError(f"schedule: chip {chip!r} is not known; there is {', '.join(FLOPS_PER_CYCLE)}")
+    peak = flops / (FLOPS_PER_CYCLE[chip] * CORES.get(chip, 1))
+    row = _nearest(chip, width, length, dtype)
+    which = "forward" if kernel == tpu_forward.NAME else "backward"
+    cost = None if row is None else getattr(row, f"{which}_cost")
+    if row is None or cost is None or row.source != "bundles":
+        return peak, "matrix units' peak"
+    stated = _stated_flops(row, which)
+    share = stated / (FLOPS_PER_CYCLE[chip] * CORES.get(chip, 1)) / cost
+    return peak / share, f"bundles of the tuned row T={row.length} D={row.head_dim} ({share:.0%} of the peak)"
+
+
+def _nearest(chip: str, width: int, length: int, dtype: str) -> table.Row | None:
+    fits = [row for row in table.rows() if row.chip == chip and row.dtype == dtype and row.head_dim >= min(width, 256)]
+    return min(fits, key=lambda row: (row.head_dim, abs(row.length - length)), default=None)
+
+
+def _stated_flops(row: table.Row, which: str) -> int:
+    blocks = row.tuning.forward if which == "forward" else row.tuning.backward
+    plan = plan_of(which, row.length, row.heads, blocks)
+    products = tpu_forward.PRODUCTS if which == "forward" else tpu_backward.PRODUCTS
+    return plan.flops(products, row.head_dim)
