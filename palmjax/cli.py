@@ -15,6 +15,7 @@ VERBS = {
     "train": ("palmjax.train", "train a model from gin files; run again to resume"),
     "eval": ("palmjax.evaluation.heldout", "held-out loss, bits per byte and accuracy of a checkpoint"),
     "generate": ("palmjax.decode", "continue a prompt with a checkpoint"),
+    "models": ("palmjax.zoo", "every shipped model: parameters, FLOPs and cache beside the published figures"),
     "config": ("palmjax.configure", "print a configuration as it will run, and where each value was set"),
     "tokenizer": ("palmjax.tokenizer", "train a SentencePiece vocabulary"),
 }

@@ -22,7 +22,7 @@ LEVELS = (
     {"state", "metrics", "provenance"},
     {"step", "checkpoint", "guard"},
     {"trained"},
-    {"decode", "tokenizer"},
+    {"decode", "tokenizer", "zoo"},
     {"evaluation", "plan"},
     {"train"},
     {"interop"},

@@ -18,7 +18,7 @@ from palmjax.models.attention import CACHE, Rows
 from palmjax.models.decoder import Decoder, DecoderModule
 from palmjax.models.embeddings import RESIDUAL
 from palmjax.models.layers import Report
-from palmjax.models.parameters import AxesBox
+from palmjax.models.parameters import STACKED, AxesBox, declaring
 
 Cache = dict[str, Any]
 """{"key", "value"}: [layers, B, S, K, N] in the compute dtype; {"length"}: int32 [B], tokens written so far in each
@@ -39,9 +39,9 @@ class LanguageModel:
         self._module = DecoderModule(config)
         self._head = config.head.build(config.context, config.padded_vocab_size)
 
-    def _fresh(self, key: jax.Array, ids: jax.Array) -> Any:
+    def _fresh(self, module: DecoderModule, key: jax.Array, ids: jax.Array) -> Any:
         """Boxed parameters; ids: int32 [B, T], any."""
-        variables: Any = self._module.init(key, ids, Rows(positions=ids))
+        variables: Any = module.init(key, ids, Rows(positions=ids))
         params = variables["params"]
         hidden = jnp.zeros((*ids.shape, self.config.d_model), out_sharding=sharding.out_spec(RESIDUAL, (*ids.shape, 1)))
         table = params["token_embedder"]["embedding"].value
@@ -52,9 +52,20 @@ class LanguageModel:
 
     @functools.cached_property
     def _boxed(self) -> Any:
+        def stacked(box: AxesBox) -> AxesBox:
+            shape = (self.config.turns, *box.value.shape)
+            return AxesBox(value=jax.ShapeDtypeStruct(shape, box.value.dtype), axes=(STACKED, *box.axes))
+
+        def one_turn() -> Any:
+            module = DecoderModule(self.config, one_turn=True)
+            return self._fresh(module, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
         # Shapes do not depend on the mesh that happens to be active; without one, no axis needs to divide anything.
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return jax.eval_shape(self._fresh, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+        # One turn of the layers tells all of them, in a fifth of the time that tracing the scan takes.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), declaring():
+            params = jax.eval_shape(one_turn)
+        layers = jax.tree.map(stacked, params["decoder"]["layers"], is_leaf=lambda x: isinstance(x, AxesBox))
+        return params | {"decoder": params["decoder"] | {"layers": layers}}
 
     @property
     def axes(self) -> Any:
@@ -72,7 +83,7 @@ class LanguageModel:
         batch = jax.sharding.get_abstract_mesh()
         rows = 1 if batch.empty else batch.size
         ids = jnp.zeros((rows, 2), jnp.int32, out_sharding=sharding.out_spec(("batch", "length"), (rows, 2)))
-        return meta.unbox(self._fresh(key, ids))
+        return meta.unbox(self._fresh(self._module, key, ids))
 
     def hidden(self, params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """Final hidden states [B, T, D] in the compute dtype. Dropout is applied only with a key."""

@@ -13,7 +13,7 @@ from pallas_kernels.attention import Mask, attention, explain
 from pallas_kernels.decode_attention import decode_attention
 from palmjax import sharding
 from palmjax.config import ConfigError, Part, require, section
-from palmjax.models.parameters import Context, Dense
+from palmjax.models.parameters import Context, Dense, is_declaring
 from palmjax.models.positions import PositionsPart, RoPE
 from palmjax.sharding import Axes
 
@@ -46,6 +46,7 @@ class AttentionPart(Part):
     num_kv_heads: int
     head_dim: int
     window: int | None
+    causal: bool
     positions: PositionsPart
 
 
@@ -143,6 +144,8 @@ class AttentionModule(nn.Module):
     def _over_rows(self, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> jax.Array:
         c, mask, scale, length = self.config, self._mask, self._scale, q.shape[1]
         operands = c.positions.operands(q, length, rows.shared, self.context)
+        if is_declaring():
+            return q  # of the result's shape
 
         def op(
             q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, prefix: jax.Array | None, *given: Any

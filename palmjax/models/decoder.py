@@ -77,7 +77,7 @@ class BlockPart(Part):
     module: ClassVar[type[nn.Module]]
 
     def build(self, context: Context) -> type[nn.Module]:
-        return nn.remat(self.module, policy=context.policy, prevent_cse=False)
+        return nn.remat(self.module, policy=context.policy, prevent_cse=False) if context.policy else self.module
 
     @property
     def layers(self) -> tuple[LayerPart, ...]:
@@ -275,6 +275,11 @@ class Decoder(ModelPart):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
+    def turns(self) -> int:
+        """Steps of the scan over layers: num_layers, or fewer where several layers repeat together."""
+        return self.num_layers // len(self.block.layers)
+
+    @property
     def attention(self) -> AttentionPart:
         """The first layer's attention; heads and their size are every layer's."""
         return self.block.layers[0].attention
@@ -303,9 +308,10 @@ class Decoder(ModelPart):
 
 
 class DecoderModule(nn.Module):
-    """Token ids to the final hidden states."""
+    """Token ids to the final hidden states. one_turn: a single turn of the layers, not stacked, for its shapes."""
 
     config: Decoder
+    one_turn: bool = False
 
     @nn.compact
     def __call__(
@@ -324,7 +330,7 @@ class DecoderModule(nn.Module):
         x = self._embed(tokens, rows.positions, types)
         if dropout_key is not None:
             x = dropout(x, c.dropout, jax.random.fold_in(dropout_key, 2 * c.num_layers), RESIDUAL)
-        return Stack(c, name="decoder")(x, rows, cache, dropout_key)
+        return Stack(c, self.one_turn, name="decoder")(x, rows, cache, dropout_key)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array, types: jax.Array | None) -> jax.Array:
         c, part, context = self.config, self.config.embedding, self.config.context
@@ -343,25 +349,29 @@ class Stack(nn.Module):
     """The scanned layers and the final norm."""
 
     config: Decoder
+    one_turn: bool
 
     @nn.compact
     def __call__(
         self, x: jax.Array, rows: Rows, cache: Any, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, Any, Report]:
         c, context = self.config, self.config.context
-        turns = c.num_layers // len(c.block.layers)
-        layers = nn.scan(
-            c.block.build(context),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=turns,
-            unroll=min(c.unroll, turns),
-            metadata_params={nn.PARTITION_NAME: STACKED},
-        )
         shared = c.attention.positions.shared(c.attention.num_heads, context, x.dtype)
         rows = dataclasses.replace(rows, shared=shared)
-        stack = layers(c.block, context, name="layers")
-        (x, cache), report = stack((x, cache), jnp.arange(turns), rows, dropout_key)
+        if self.one_turn:
+            context = dataclasses.replace(context, policy=None)
+            turn = c.block.build(context)(c.block, context, name="layers")
+            (x, cache), report = turn((x, cache), jnp.int32(0), rows, dropout_key)
+        else:
+            layers = nn.scan(
+                c.block.build(context),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                length=c.turns,
+                unroll=min(c.unroll, c.turns),
+                metadata_params={nn.PARTITION_NAME: STACKED},
+            )(c.block, context, name="layers")
+            (x, cache), report = layers((x, cache), jnp.arange(c.turns), rows, dropout_key)
         x = x if c.final_norm is None else c.final_norm.build("decoder_norm")(x)
         return x, cache, {name: jnp.sum(value) for name, value in report.items()}

@@ -6,8 +6,10 @@ N head dimension, V vocabulary, E experts, C places of an expert.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +26,20 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Axes], jax.Array]
 """(key, shape, logical axes) -> float32 values, born with their sharding."""
 
 STACKED = "layers"
+
+_declaring: contextvars.ContextVar[bool] = contextvars.ContextVar("declaring", default=False)
+
+
+@contextlib.contextmanager
+def declaring() -> Iterator[None]:
+    """Inside, only the shapes and axes of parameters are asked for: they get no initial values, and what is known to
+    hold no parameter may be left out.
+    """
+    token = _declaring.set(True)
+    try:
+        yield
+    finally:
+        _declaring.reset(token)
 
 
 @struct.dataclass
@@ -48,10 +64,18 @@ class AxesBox(meta.AxisMetadata):
         return AxesBox(value=self.value, axes=(*self.axes[:index], *self.axes[index + 1 :]))
 
 
+def is_declaring() -> bool:
+    """Whether `declaring` is in force."""
+    return _declaring.get()
+
+
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, init: Initializer) -> jax.Array:
     """A float32 parameter: shape, axes and initializer said once; abstract tree, shardings and values derive from
     it.
     """
+    if is_declaring():
+        # Nobody looks at the values, and tracing the generator of random numbers costs as much as tracing the model.
+        return module.param(name, lambda key: AxesBox(value=zeros(key, shape, axes), axes=axes))  # pyright: ignore[reportReturnType]
     return module.param(name, lambda key: AxesBox(value=init(key, shape, axes), axes=axes))  # pyright: ignore[reportReturnType]
 
 
