@@ -22,7 +22,7 @@ from palmjax.state import TrainState, init_state
 
 Metrics = dict[str, jax.Array]
 """float32 scalars: `loss`, `z_loss` (mean nats a token), `accuracy`, `weight` (tokens), `grad_norm`,
-`learning_rate`.
+`learning_rate`; with experts also those of `expert_metrics`.
 """
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -58,11 +58,23 @@ def build_step(
             "weight": sums["weight"],
             "grad_norm": global_norm(gradients),
             "learning_rate": learning_rate(state.step),
-        }
+        } | expert_metrics(sums)
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
+
+
+def expert_metrics(sums: Sums) -> Metrics:
+    """Of a mixture of experts `aux_loss` (mean a token, over all layers) and `dropped_share`, the part of the tokens'
+    choices that found their expert full; of a dense model nothing.
+    """
+    if "routed" not in sums:
+        return {}
+    return {
+        "aux_loss": sums["aux_loss"] / jnp.maximum(sums["weight"], 1.0),
+        "dropped_share": sums["dropped"] / jnp.maximum(sums["routed"], 1.0),
+    }
 
 
 def accumulate(loss: LossFn, params: Any, batch: Batch, key: jax.Array | None, microbatches: int) -> tuple[Any, Sums]:

@@ -16,13 +16,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LEVELS = (
-    {"config", "chips"},
+    {"config", "chips", "libtpu"},
     {"mesh", "sharding", "distributed", "model_dir", "pallas_kernels"},
     {"models", "data", "loss", "optim", "sampling"},
     {"state", "metrics", "provenance"},
     {"step", "checkpoint", "guard"},
     {"trained"},
-    {"decode", "tokenizer"},
+    {"decode", "tokenizer", "zoo"},
     {"evaluation", "plan"},
     {"train"},
     {"interop"},

@@ -10,8 +10,26 @@ from pallas_kernels.attention.masks import Mask
 
 
 def decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array, *, mask: Mask, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    layer: jax.Array,
+    *,
+    mask: Mask,
+    scale: float,
+    prefix: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Arguments and result as in `api.decode_attention`."""
-    seen = mask.allowed(positions[:, :, None], jnp.arange(k.shape[2])[None, None, :])
-    return reference.masked_softmax_attention(q, k[layer], v[layer], seen, scale=scale)
+    entries = jnp.arange(k.shape[2])
+    seen = mask.allowed(positions[:, :, None], entries[None, None, :])
+    if prefix is not None:
+        seen = seen | (entries[None, None, :] < prefix[:, None, None])
+    if alibi_slopes is not None:
+        distance = jnp.abs(positions[:, :, None] - entries).astype(jnp.float32)
+        falling = -alibi_slopes[None, :, None, None] * distance[:, None]
+        bias = falling if bias is None else bias + falling
+    return reference.masked_softmax_attention(q, k[layer], v[layer], seen, scale=scale, soft_cap=soft_cap, bias=bias)

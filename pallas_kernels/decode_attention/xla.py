@@ -27,6 +27,10 @@ def decode_attention(
     *,
     mask: Mask,
     scale: float,
+    prefix: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
     """Arguments and result as in `api.decode_attention`. Not differentiable: the number of blocks depends on the
@@ -43,9 +47,20 @@ def decode_attention(
         start = jnp.minimum(index * size, S - size)
         k_BSKD, v_BSKD = (jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, B, size, K, D))[0] for x in (k, v))
         entries = start + jnp.arange(size)
-        seen = mask.allowed(positions[:, :, None], entries[None, None, :]) & (entries >= index * size)
-        seen = seen[:, None, None]
+        seen = mask.allowed(positions[:, :, None], entries[None, None, :])
+        if prefix is not None:
+            seen = seen | (entries[None, None, :] < prefix[:, None, None])
+        seen = (seen & (entries >= index * size))[:, None, None]
         s = jnp.einsum("BKGQD,BSKD->BKGQS", q_BKGQD, k_BSKD, preferred_element_type=jnp.float32) * scale
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        if alibi_slopes is not None:
+            distance = jnp.abs(positions[:, :, None] - entries).astype(jnp.float32)
+            s = s - alibi_slopes.reshape(1, K, H // K, 1, 1) * distance[:, None, None]
+        if bias is not None:
+            part = jax.lax.dynamic_slice_in_dim(bias, start, size, axis=3)
+            part = jnp.broadcast_to(part, (part.shape[0], H, *part.shape[2:]))
+            s = s + part.reshape(part.shape[0], K, H // K, *part.shape[2:])
         return jnp.where(seen, s, -1e30), seen, v_BSKD
 
     def summed(s: jax.Array, seen: jax.Array, v_BSKD: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -68,6 +83,8 @@ def decode_attention(
         return top, so_far[1] * keep + total, so_far[2] * keep[..., None] + values
 
     first, stop = _blocks(positions, mask, size, S)
+    if prefix is not None:
+        first, stop = jnp.int32(0), jnp.maximum(stop, jnp.max(-(-jnp.minimum(prefix, S) // size)))
     sums = begin(first)
     if size < S:
         sums = jax.lax.fori_loop(first + 1, stop, add, sums)
