@@ -15,7 +15,10 @@ VERBS = {
     "train": ("palmjax.train", "train a model from gin files; run again to resume"),
     "eval": ("palmjax.evaluation.heldout", "held-out loss, bits per byte and accuracy of a checkpoint"),
     "generate": ("palmjax.decode", "continue a prompt with a checkpoint"),
-    "plan": ("palmjax.plan.main", "compile the train step for any pod: does it fit, how fast is it, which layout is best"),
+    "plan": (
+        "palmjax.plan.main",
+        "compile the train step for any pod: does it fit, how fast is it, which layout is best",
+    ),
     "models": ("palmjax.zoo", "every shipped model: parameters, FLOPs and cache beside the published figures"),
     "config": ("palmjax.configure", "print a configuration as it will run, and where each value was set"),
     "tokenizer": ("palmjax.tokenizer", "train a SentencePiece vocabulary"),

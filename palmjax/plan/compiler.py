@@ -41,12 +41,16 @@ class CompilerError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to compile: `rows` x `length` tokens a step on `topology`."""
+    """What to compile: `rows` x `length` tokens a step on `topology`.
+
+    options: the TPU compiler's flags (LIBTPU_INIT_ARGS); None takes the environment's.
+    """
 
     experiment: Experiment
     topology: Topology
     rows: int
     length: int
+    options: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,8 @@ def compile_step(request: Request, cache: str | os.PathLike[str] | None = None, 
         given.write_bytes(pickle.dumps(request))
         command = [sys.executable, "-m", "palmjax.plan.worker", str(given), str(answer), str(root)]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+        if request.options is not None:
+            environment["LIBTPU_INIT_ARGS"] = request.options
         with open(pathlib.Path(scratch, "log"), "w+") as log:
             status = _run(command, environment, log, timeout)
             if not answer.exists():

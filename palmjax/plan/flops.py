@@ -30,7 +30,7 @@ def _dot(computation: hlo.Computation, instruction: hlo.Instruction) -> float:
     left = computation.by_name[instruction.operands[0]].result[0]
     contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
     size = 1
-    for dim in (contracting[1].split(",") if contracting and contracting[1] else []):
+    for dim in contracting[1].split(",") if contracting and contracting[1] else []:
         size *= left.dims[int(dim)]
     return 2.0 * instruction.result[0].elements * size
 

@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     experiment = configure.load(flags.files, flags.bindings, flags.search_paths, placeholders=True).experiment
     print(f"compiling for {target} ...", file=sys.stderr, flush=True)
     try:
-        plan = build.compile(
-            experiment, target, rows=options.batch_size, cache=options.cache, timeout=options.timeout
-        )
+        plan = build.compile(experiment, target, rows=options.batch_size, cache=options.cache, timeout=options.timeout)
     except compiler.CompilerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

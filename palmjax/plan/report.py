@@ -19,7 +19,8 @@ def text(plan: Plan) -> str:
     lines = [
         f"{si(plan.parameters)} parameters on {plan.topology} ({plan.chips:,} chips), mesh {mesh}",
         f"{plan.rows:,} rows of {plan.length:,} tokens a step in {plan.microbatches} microbatch"
-        f"{'es' if plan.microbatches > 1 else ''}, remat {plan.remat}, residual over {'+'.join(plan.residual) or 'no axis'}",
+        f"{'es' if plan.microbatches > 1 else ''}, remat {plan.remat}, "
+        f"residual over {'+'.join(plan.residual) or 'no axis'}",
         f"compiled by {plan.compiler} in {plan.compile_seconds:.0f} s" + (f", {plan.options}" if plan.options else ""),
         "",
         *_memory(plan),
@@ -27,7 +28,7 @@ def text(plan: Plan) -> str:
     if plan.time is not None:
         lines += ["", *_time(plan)]
     else:
-        lines += ["", "TIME  no model of this device's speed; memory only"]
+        lines += ["", "STEP  no time: " + ("its speed is not modelled" if plan.fits else "the compiler gave up")]
     return "\n".join(lines) + "\n"
 
 
@@ -48,10 +49,11 @@ def _memory(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     time = plan.time
-    assert time is not None and plan.tokens_per_second is not None and plan.mfu is not None and plan.hfu is not None
+    assert time is not None and plan.tokens_per_second is not None and plan.hardware_flops is not None
+    assert plan.mfu is not None and plan.hfu is not None
     lines = [
         f"STEP  {time.step:.3g} s, {si(plan.tokens_per_second)} tokens/s, MFU {100 * plan.mfu:.1f} %, "
-        f"HFU {100 * plan.hfu:.1f} %" + ("" if plan.fits else "   (if it fitted)"),
+        f"HFU {100 * plan.hfu:.1f} %",
         f"  FLOPs a token: {si(plan.model_flops)} of the model, {si(plan.hardware_flops)} of the compiled matmuls",
     ]
     lines += [f"  {kind:<28}{s:>10.4g} s {100 * s / time.step:>5.1f} %" for kind, s in time.kinds.items() if s]
@@ -66,13 +68,17 @@ def _time(plan: Plan) -> list[str]:
     for slow in time.slowest:
         axis = f" over {slow.axis}" if slow.axis else ""
         lines.append(
-            f"    {slow.seconds:>8.4g} s  x{slow.runs:<6}{slow.kind}{axis}  {slow.shape}  {short(slow.op_name)}  {slow.place}"
+            f"    {slow.seconds:>8.4g} s  x{slow.runs:<6}{slow.kind}{axis}  {slow.shape}  {short(slow.op_name)}  "
+            f"{slow.place}"
         )
     if plan.run is not None:
-        energy = "" if plan.run.energy_mwh is None else f", {plan.run.energy_mwh:,.4g} MWh (chips, with the data centre's)"
+        energy = (
+            "" if plan.run.energy_mwh is None else f", {plan.run.energy_mwh:,.4g} MWh (chips, with the data centre's)"
+        )
         lines += [
             "",
-            f"RUN  {si(plan.run.tokens)} tokens: {plan.run.days:.3g} days, {plan.run.chip_hours:,.0f} chip-hours{energy}",
+            f"RUN  {si(plan.run.tokens)} tokens: {plan.run.days:.3g} days, "
+            f"{plan.run.chip_hours:,.0f} chip-hours{energy}",
         ]
     return lines + [f"  note: {caveat}" for caveat in plan.caveats]
 
@@ -142,8 +148,9 @@ def _draw_kinds(axes: Any, plan: Plan) -> None:
         axes.set_axis_off()
         return
     kinds = {kind: seconds for kind, seconds in plan.time.kinds.items() if seconds > 1e-3 * plan.time.step}
+    step = plan.time.step
     bars = axes.barh(list(kinds)[::-1], list(kinds.values())[::-1], color=[_COLORS[kind] for kind in kinds][::-1])
-    axes.bar_label(bars, fmt=lambda s: f"{s:.3g} s, {100 * s / plan.time.step:.0f} %", padding=3)
+    axes.bar_label(bars, fmt=lambda s: f"{s:.3g} s, {100 * s / step:.0f} %", padding=3)
     axes.set(title="Step by kind, seconds", xlim=(0, 1.35 * max(kinds.values())))
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -152,7 +159,9 @@ def _draw_parts(axes: Any, plan: Plan) -> None:
     if plan.time is None:
         axes.set_axis_off()
         return
-    parts = [(name, seconds) for name, seconds in plan.time.parts.items() if seconds > 0.004 * plan.time.step][:14][::-1]
+    parts = [(name, seconds) for name, seconds in plan.time.parts.items() if seconds > 0.004 * plan.time.step][:14][
+        ::-1
+    ]
     colors = [_COLORS.get(name, "#4878a8") for name, _ in parts]
     bars = axes.barh([name for name, _ in parts], [seconds for _, seconds in parts], color=colors)
     axes.bar_label(bars, fmt="%.3g", padding=3)
