@@ -10,6 +10,7 @@ the compiler's version and its options, and put in place whole by one rename.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -128,16 +129,28 @@ def key(lowered: str, compiler: str, options: str, topology: Topology) -> str:
     return digest.hexdigest()[:32]
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def stop_all() -> None:
+    """Ends every compiler that this process started: what a search does when it is interrupted."""
+    for process in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def _run(command: list[str], environment: dict[str, str], log: Any, timeout: float) -> int:
     """Runs the worker; whatever ends this process or the wait ends the worker and its children too."""
     process = subprocess.Popen(
         command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
     )
+    _running.add(process)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
         raise CompilerError(f"the compiler took longer than {timeout:.0f} s") from None
     finally:
+        _running.discard(process)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -8,6 +8,7 @@ from typing import Any
 from palmjax.metrics.throughput import si
 from palmjax.plan import cost
 from palmjax.plan.build import Plan
+from palmjax.plan.search import Result
 
 _GIB = 2**30
 _HELD = ("parameters", "optimizer", "inputs", "activations", "temporaries", "program")
@@ -126,6 +127,33 @@ def _headline(plan: Plan) -> str:
     if plan.time is not None and plan.mfu is not None:
         words.append(f"{plan.time.step:.3g} s a step, MFU {100 * plan.mfu:.1f} %")
     return ", ".join(words) + ("" if plan.fits else "  - DOES NOT FIT")
+
+
+def pareto(result: Result, path: str | os.PathLike[str]) -> None:
+    """The layouts of a search, memory against tokens/s, with the Pareto front, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
+    runs = [tried for tried in result.tried if tried.speed and tried.plan]
+    for tried in runs:
+        assert tried.plan is not None
+        own = tried is result.own
+        color = "#c2452d" if own else "#2b7a5d"
+        axes.scatter(tried.plan.usage.total / _GIB, tried.speed, color=color, s=60 if own else 36, zorder=3)
+        name = f"{'yours: ' if own else ''}{tried.layout}"
+        axes.annotate(
+            name, (tried.plan.usage.total / _GIB, tried.speed), (6, 4), textcoords="offset points", fontsize=7
+        )
+    front = [(t.plan.usage.total / _GIB, t.speed) for t in result.pareto() if t.plan is not None]
+    axes.plot(*zip(*front, strict=True), color="#2b7a5d", linewidth=1, alpha=0.5) if front else None
+    axes.set(xlabel="memory of a device, GiB", ylabel="predicted tokens/s", title="Layouts compiled")
+    axes.margins(0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def _draw_memory(axes: Any, plan: Plan) -> None:
