@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from palmjax.plan import flops as counting
-from palmjax.plan import hlo
+from palmjax.plan import hlo, traffic
 from palmjax.plan.chips import Hardware
 from palmjax.plan.network import Cost, Network
 
@@ -267,10 +267,15 @@ class _Walk:
             # The estimate is of one JAX device's core or fused cores.
             seconds, source = instruction.cycles / self.hardware.clock, "compiler's cycles"
         elif self.hardware.platform == "tpu":
-            seconds, source = self._bytes(computation, instruction) / self.hardware.hbm_bandwidth, "bytes"
+            seconds, source = (
+                traffic.moved(self.module, computation, instruction) / self.hardware.hbm_bandwidth,
+                "bytes",
+            )
         else:
             compute = flops / (self.hardware.chip.bf16_flops * MATMUL_EFFICIENCY)
-            moved = self._bytes(computation, instruction) / (self.hardware.hbm_bandwidth * MEMORY_EFFICIENCY)
+            moved = traffic.moved(self.module, computation, instruction) / (
+                self.hardware.hbm_bandwidth * MEMORY_EFFICIENCY
+            )
             seconds, source = max(compute, moved), "roofline"
         if seconds > 0:
             self._advance(kind, seconds, runs, instruction, flops=flops, source=source)
@@ -324,21 +329,12 @@ class _Walk:
     def _kernel(self, computation: hlo.Computation, instruction: hlo.Instruction) -> tuple[float, str]:
         """A Mosaic kernel: the cost that its author stated (`pl.CostEstimate`), as a roofline."""
         stated = {k: float(v) for k, v in re.findall(r'"(flops|bytes_accessed)":"?(\d+)', instruction.text)}
-        moved = stated.get("bytes_accessed", self._bytes(computation, instruction))
+        moved = stated.get("bytes_accessed", self._moved(computation, instruction))
         seconds = max(stated.get("flops", 0.0) / self.hardware.chip.bf16_flops, moved / self.hardware.hbm_bandwidth)
         return seconds, "kernel's stated FLOPs and bytes at the peak"
 
-    @staticmethod
-    def _bytes(computation: hlo.Computation, instruction: hlo.Instruction) -> float:
-        """Bytes read from and written to HBM."""
-        if instruction.opcode == "custom-call" and instruction.target != "tpu_custom_call":
-            return 0.0  # markers: allocations, views
-        written = sum(s.bytes for s in instruction.result if s.space == 0)
-        if instruction.opcode == "dynamic-update-slice":  # in place: only the slice moves
-            slice_ = computation.by_name.get(instruction.operands[1])
-            return 2.0 * sum(s.bytes for s in slice_.result) if slice_ else written
-        read = (computation.by_name[n].result for n in instruction.operands if n in computation.by_name)
-        return written + sum(s.bytes for shapes in read for s in shapes if s.space == 0)
+    def _moved(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
+        return traffic.moved(self.module, computation, instruction)
 
     def _advance(self, kind: str, seconds: float, runs: int, instruction: hlo.Instruction, **details: Any) -> None:
         self.clock += seconds
