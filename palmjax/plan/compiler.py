@@ -115,10 +115,12 @@ def write(root: pathlib.Path, name: str, facts: dict[str, Any], usage: memory.Us
     (scratch / "step.hlo.zst").write_bytes(zstandard.ZstdCompressor(level=6).compress(text.encode()))
     try:
         scratch.rename(root / name)
-    except OSError:  # another process was first with the same
-        shutil.rmtree(scratch)
-        if not (root / name / "facts.json").exists():
-            raise
+    except OSError:  # the name is taken: by another process that was first, or by a folder without facts
+        if (root / name / "facts.json").exists():
+            shutil.rmtree(scratch)
+            return
+        shutil.rmtree(root / name)
+        scratch.rename(root / name)
 
 
 def key(lowered: str, compiler: str, options: str, topology: Topology) -> str:

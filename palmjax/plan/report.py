@@ -92,7 +92,7 @@ def short(op_name: str) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB"
+    return f"{size / _GIB:.2f} GiB" if size >= 0.1 * _GIB else f"{size / 2**20:.3g} MiB"
 
 
 def picture(plan: Plan, path: str | os.PathLike[str]) -> None:
