@@ -19,6 +19,7 @@ VERBS = {
         "palmjax.plan.main",
         "compile the train step for any pod: does it fit, how fast is it, which layout is best",
     ),
+    "models": ("palmjax.zoo", "every shipped model: parameters, FLOPs and cache beside the published figures"),
     "config": ("palmjax.configure", "print a configuration as it will run, and where each value was set"),
     "tokenizer": ("palmjax.tokenizer", "train a SentencePiece vocabulary"),
 }

@@ -106,24 +106,29 @@ class MeshConfig:
     """Devices on each mesh axis; one axis may be -1, meaning all the rest. The product must be the device count.
 
     `data` replicates parameters and splits the batch; over several slices (pods) it is the axis that crosses DCN.
-    `fsdp` splits the batch and the parameters. `tensor` splits heads, MLP and vocabulary.
+    `fsdp` splits the batch and the parameters. `tensor` splits heads, MLP and vocabulary. `expert` splits the batch and
+    the experts of a mixture, which tokens reach by all-to-all; at 1 the mesh has no such axis.
     PaLM's layout is data 2 (pods), fsdp 256, tensor 12 (PaLM section 4).
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
 
 @section
 class ShardingRules:
     """Mesh axes of each logical axis; () replicates. Names are T5X's where T5X has one.
 
-    Parameters use `vocab embed mlp heads kv_heads head_dim layers`; activations use `batch length residual` and
-    the same `mlp heads kv_heads vocab`. A dimension of size one is always replicated (multi-query's single K/V head).
+    Parameters use `vocab embed mlp heads kv_heads head_dim layers`, and `experts router positions token_types
+    relpos_buckets`; activations use `batch length residual` and the same `mlp heads kv_heads vocab experts`.
+    `expert_batch` is the batch while its tokens are with their experts: `batch` without the axes of `experts`.
+    A dimension of size one is always replicated (multi-query's single K/V head). An axis that MeshConfig knows and the
+    mesh has not (`expert` at size 1) splits nothing.
     """
 
-    batch: tuple[str, ...] = ("data", "fsdp")
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
     length: tuple[str, ...] = ()
     residual: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ("tensor",)
@@ -133,6 +138,12 @@ class ShardingRules:
     kv_heads: tuple[str, ...] = ("tensor",)
     head_dim: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ("expert",)
+    expert_batch: tuple[str, ...] = ("data", "fsdp")
+    router: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
+    token_types: tuple[str, ...] = ()
+    relpos_buckets: tuple[str, ...] = ()
 
 
 @section

@@ -14,8 +14,8 @@ from palmjax.config import ConfigError, LossPart, section
 from palmjax.data.batch import Batch
 
 Sums = dict[str, jax.Array]
-"""float32 scalars summed over tokens: `loss` (cross-entropy, nats), `z_loss`, `correct`, `weight` (tokens that
-count).
+"""float32 scalars summed over tokens: `loss` (cross-entropy, nats), `z_loss`, `correct`, `weight` (tokens that count),
+and what the model reports (`LanguageModel.forward`).
 """
 
 
@@ -41,13 +41,15 @@ class CrossEntropy(LossPart):
         """The loss of `model`, a LanguageModel."""
 
         def loss(params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
-            logits = model.logits(params, model.hidden(params, batch, dropout_key))
-            sums = token_sums(logits, batch)
-            return sums["loss"] + self.z_loss * sums["log_z_squared"], {
+            hidden, report = model.forward(params, batch, dropout_key)
+            sums = token_sums(model.logits(params, hidden), batch)
+            total = sums["loss"] + self.z_loss * sums["log_z_squared"] + report.get("aux_loss", 0.0)
+            return total, {
                 "loss": sums["loss"],
                 "z_loss": self.z_loss * sums["log_z_squared"],
                 "correct": sums["correct"],
                 "weight": sums["weight"],
+                **report,
             }
 
         return loss

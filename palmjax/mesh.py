@@ -14,6 +14,12 @@ from jax.sharding import AxisType, Mesh
 from palmjax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
+"""Axes of every mesh. One whose MeshConfig.expert is not 1 has `expert` as well, behind them."""
+
+
+def axes(config: MeshConfig) -> tuple[str, ...]:
+    """The mesh's axes, outermost first."""
+    return AXES if config.expert == 1 else (*AXES, "expert")
 
 
 def shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
@@ -21,8 +27,9 @@ def shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
     Raises ConfigError if more than one axis is -1, an axis is below one, or the product is not the device count.
     """
-    sizes = [getattr(config, axis) for axis in AXES]
-    text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    names = axes(config)
+    sizes = [getattr(config, axis) for axis in names]
+    text = ", ".join(f"{axis}={size}" for axis, size in zip(names, sizes, strict=True))
     if sizes.count(-1) > 1:
         raise ConfigError(f"MeshConfig({text}): only one axis may be -1 (the rest)")
     if any(size < 1 and size != -1 for size in sizes):
@@ -37,7 +44,7 @@ def shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def build(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of this job's) with explicit axes data, fsdp, tensor.
+    """A mesh over `devices` (default: all of this job's) with the explicit axes of `axes(config)`.
 
     On TPU the axes are laid along the torus. Over several slices (pods joined by DCN) the data axis is the one that
     crosses them, so it must be a multiple of the slice count. GPUs and CPUs keep their order: tensor groups are
@@ -56,4 +63,5 @@ def build(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         inner = (sizes[0] // slices, *sizes[1:])
         across = (slices, *[1] * (len(sizes) - 1))
         grid = mesh_utils.create_hybrid_device_mesh(inner, across, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    names = axes(config)
+    return Mesh(grid, names, axis_types=(AxisType.Explicit,) * len(names))

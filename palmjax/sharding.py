@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from palmjax.config import ConfigError, ShardingRules
+from palmjax.config import ConfigError, MeshConfig, ShardingRules
 
 Axes = tuple[str | None, ...]
 """Logical axis names of an array, one for each dimension; None is never sharded."""
+
+MESH_AXES = frozenset(field.name for field in dataclasses.fields(MeshConfig))
 
 _active_rules: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("sharding_rules", default=None)
 _active_kind: contextvars.ContextVar[str | None] = contextvars.ContextVar("device_kind", default=None)
@@ -54,6 +57,8 @@ def mesh_axes(rules: ShardingRules, axes: Axes, shape: Sequence[int], sizes: dic
     out: list[tuple[str, ...]] = []
     for name, size in zip(axes, shape, strict=True):
         wanted = () if name is None or size == 1 else getattr(rules, name)
+        # An axis that a mesh may have and this one has not is of size one.
+        wanted = tuple(a for a in wanted if a in sizes or a not in MESH_AXES)
         unknown = [a for a in wanted if a not in sizes]
         if unknown:
             raise ConfigError(f"ShardingRules.{name} names mesh axis {unknown[0]!r}; the mesh has {', '.join(sizes)}")
@@ -165,21 +170,51 @@ def local(
     `inputs[i]` are the logical axes of `arrays[i]`; an array may be None and is then passed on as None. The result has
     the first array's shape with the logical axes `out`.
     """
+    shape = next(a.shape for a in arrays if a is not None)
+    return local_many(lambda *given: (fn(*given),), inputs, ((out, shape),), *arrays)[0]
+
+
+def local_many(
+    fn: Callable[..., tuple[jax.Array, ...]],
+    inputs: Sequence[Axes | None],
+    outs: Sequence[tuple[Axes, Sequence[int]]],
+    *arrays: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """`local` for a `fn` with several results, `outs` being logical axes and whole shape of each."""
     present = [(axes, a) for axes, a in zip(inputs, arrays, strict=True) if a is not None and axes is not None]
 
-    def call(*given: jax.Array) -> jax.Array:
+    def call(*given: jax.Array) -> tuple[jax.Array, ...]:
         values = iter(given)
         return fn(*[None if a is None else next(values) for a in arrays])
 
-    dims = [_dims(axes, a.shape, "kernel operand") for axes, a in present]
     if _active_sizes() is None:
         return call(*[a for _, a in present])
-    specs = tuple(_as_spec(d) for d in dims if d is not None)
+    specs = tuple(out_spec(axes, a.shape, "kernel operand") for axes, a in present)
     placed = [jax.sharding.reshard(a, s) for (_, a), s in zip(present, specs, strict=True)]
-    shape = present[0][1].shape
+    results = tuple(out_spec(axes, shape, "kernel result") for axes, shape in outs)
     # Unchecked: a Pallas call cannot say over which mesh axes its results vary (jax 0.10.2, in interpret mode too).
-    result = out_spec(out, shape, "kernel result")
-    return jax.shard_map(call, in_specs=specs, out_specs=result, check_vma=False)(*placed)
+    return jax.shard_map(call, in_specs=specs, out_specs=results, check_vma=False)(*placed)
+
+
+def exchange(x: jax.Array, before: Axes, after: Axes) -> jax.Array:
+    """`x`, laid out by the logical axes `before`, laid out by `after`, where one mesh axis goes from one dimension to
+    another: an all-to-all over it. Where no axis moves, nothing does.
+    """
+    source, target = (_dims(axes, x.shape, "exchange") for axes in (before, after))
+    if source is None or target is None or source == target:
+        return x
+    moves = [(i, set(s) - set(t)) for i, (s, t) in enumerate(zip(source, target, strict=True)) if set(s) - set(t)]
+    gains = [(i, set(t) - set(s)) for i, (s, t) in enumerate(zip(source, target, strict=True)) if set(t) - set(s)]
+    assert len(moves) == len(gains) == 1 and moves[0][1] == gains[0][1], f"{before} to {after} moves {moves}, {gains}"
+    (concat, axes), (split, _) = moves[0], gains[0]
+    names = tuple(axis for axis in source[concat] if axis in axes)
+    # Blocks of the group are neighbours only where their axes are the last of the dimension.
+    assert source[concat][len(source[concat]) - len(names) :] == names and target[split][: -len(names)] == source[split]
+
+    def swap(block: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(block, names, split_axis=split, concat_axis=concat, tiled=True)
+
+    return jax.shard_map(swap, in_specs=_as_spec(source), out_specs=_as_spec(target))(x)
 
 
 def split_rows(x: jax.Array, parts: int) -> jax.Array:

@@ -22,7 +22,7 @@ from palmjax.state import TrainState, init_state
 
 Metrics = dict[str, jax.Array]
 """float32 scalars: `loss`, `z_loss` (mean nats a token), `accuracy`, `weight` (tokens), `grad_norm`,
-`learning_rate`.
+`learning_rate`; with experts also those of `expert_metrics`.
 """
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -58,11 +58,23 @@ def build_step(
             "weight": sums["weight"],
             "grad_norm": global_norm(gradients),
             "learning_rate": learning_rate(state.step),
-        }
+        } | expert_metrics(sums)
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
+
+
+def expert_metrics(sums: Sums) -> Metrics:
+    """Of a mixture of experts `aux_loss` (mean a token, over all layers) and `dropped_share`, the part of the tokens'
+    choices that found their expert full; of a dense model nothing.
+    """
+    if "routed" not in sums:
+        return {}
+    return {
+        "aux_loss": sums["aux_loss"] / jnp.maximum(sums["weight"], 1.0),
+        "dropped_share": sums["dropped"] / jnp.maximum(sums["routed"], 1.0),
+    }
 
 
 def accumulate(loss: LossFn, params: Any, batch: Batch, key: jax.Array | None, microbatches: int) -> tuple[Any, Sums]:
@@ -77,11 +89,17 @@ def accumulate(loss: LossFn, params: Any, batch: Batch, key: jax.Array | None, m
         one = gradient(params, rows, None if key is None else jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, one), None
 
+    # From zeros, so that there is one copy of the program; the loop keeps the parts from being alive side by side.
     first = jax.tree.map(lambda x: x[0], parts)
-    rest = jax.tree.map(lambda x: x[1:], parts)
-    start = gradient(params, first, None if key is None else jax.random.fold_in(key, 0))
-    total, _ = jax.lax.scan(add, start, (jnp.arange(1, microbatches), rest))
+    shapes = jax.eval_shape(gradient, params, first, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=_spec(s)), shapes)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))
     return total
+
+
+def _spec(array: Any) -> Any:
+    """The layout in an abstract array's type; None outside a mesh."""
+    return None if array.sharding is None or array.sharding.mesh.empty else array.sharding.spec
 
 
 @dataclasses.dataclass(frozen=True)

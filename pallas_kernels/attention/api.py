@@ -34,7 +34,6 @@ def attention(
     bias: jax.Array | None = None,
     scale: float | None = None,
     with_lse: bool = False,
-    recompute: bool = False,
     impl: str = "auto",
     chip: str | None = None,
     interpret: Any = False,
@@ -47,7 +46,6 @@ def attention(
     alibi_slopes: float32 [H]; adds -slope |i - j| (Press et al. 2022); not differentiated. soft_cap: c of
     c tanh(x / c), put on the scaled scores before anything is added. bias: [B or 1, H or 1, T or 1, T], added and
     differentiated. scale: of q k^T, 1/sqrt(D) by default.
-    recompute: the backward pass keeps no scores; only "einsum" ever does, and then makes them again.
     impl: a name of `choice.NAMES`, or "auto". chip: the kind of device that the program is for, as jax names it ("TPU
     v4"); None is a CPU. It is a value because a program may be compiled where it does not run. interpret: of the Mosaic
     kernels, as `pallas_call` takes it: True runs them as plain operations on any device.
@@ -80,23 +78,9 @@ def attention(
         return others.run(choice.name, q, k, v, case=case, scale=scale, soft_cap=soft_cap, segments=ids)
     first, stop = ranges(mask, B, T, segments, prefix)
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return over_ranges(
-            choice,
-            q,
-            k,
-            v,
-            first,
-            stop,
-            mask=None if case.ranged else mask,
-            scale=scale,
-            alibi_slopes=alibi_slopes,
-            soft_cap=soft_cap,
-            bias=bias,
-            interpret=interpret,
-        )
-
-    found = (jax.checkpoint(run) if recompute and choice.name == "einsum" else run)(q, k, v)
+    fixed = None if case.ranged else mask
+    shared: dict[str, Any] = dict(mask=fixed, scale=scale, alibi_slopes=alibi_slopes, soft_cap=soft_cap, bias=bias)
+    found = over_ranges(choice, q, k, v, first, stop, interpret=interpret, **shared)
     return found if with_lse else found[0]
 
 
@@ -152,8 +136,6 @@ def _check(
     for name, marks in (("segments", segments), ("prefix", prefix)):
         if marks is not None and marks.shape != (B, T):
             raise ValueError(f"attention: {name} {marks.shape} for q {q.shape}; need [B,T] = {(B, T)}")
-    if prefix is not None and not mask.causal:
-        raise ValueError("attention: a prefix without Mask(causal=True) changes nothing: every query sees it already")
     if alibi_slopes is not None and alibi_slopes.shape != (H,):
         raise ValueError(f"attention: alibi_slopes {alibi_slopes.shape} for {H} query heads; need one slope a head")
     if soft_cap is not None and not soft_cap > 0.0:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import reference
 
+KEPT = ("attention_out", "attention_lse")
+"""Names (`jax.ad_checkpoint.checkpoint_name`) of all that the backward pass of our kernels needs besides its operands:
+a rematerialization policy that saves them never runs the forward pass twice.
+"""
+
 Found = tuple[jax.Array, jax.Array]
 """(out [B, T, H, D], lse float32 [B, T, H]) of some of the keys."""
+
+
+def kept(found: Found) -> Found:
+    """`found` under the names KEPT."""
+    return checkpoint_name(found[0], KEPT[0]), checkpoint_name(found[1], KEPT[1])
 
 
 def nothing(q: jax.Array) -> Found:

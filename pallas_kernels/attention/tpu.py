@@ -87,7 +87,7 @@ def _attention(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, s
 
 
 def _attention_fwd(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
-    out, lse = _forward(static, q, k, v, first, stop, slopes, offset)
+    out, lse = merge.kept(_forward(static, q, k, v, first, stop, slopes, offset))
     return (out, lse), (q, k, v, first, stop, slopes, offset, out, lse)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import merge, reference
 
 QUERIES = 128
 KEYS = 256
@@ -142,7 +142,7 @@ def _fwd(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes:
 
     q_blocks = cut.queries(q)
     out, lse = jax.lax.map(of_queries, (jnp.arange(q_blocks.shape[0]), q_blocks, cut.first, cut.stop))
-    out, lse = cut.rows(out), cut.rows(lse)
+    out, lse = merge.kept((cut.rows(out), cut.rows(lse)))
     return (out, lse), (q, k, v, first, stop, slopes, offset, out, lse)
 
 

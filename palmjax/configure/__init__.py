@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from palmjax.config import ConfigError, Experiment
-from palmjax.configure.build import Config, Node, build
+from palmjax.config import ConfigError, Experiment, ModelPart
+from palmjax.configure.build import Config, Node, build, build_macro
 from palmjax.configure.flags import USAGE, Flags, parse_flags
 from palmjax.configure.names import Names
 from palmjax.configure.show import Operative, Tree, describe, flatten
 from palmjax.configure.text import Reader
 
-__all__ = ["USAGE", "Flags", "Loaded", "describe", "load", "main", "parse_flags"]
+__all__ = ["USAGE", "Flags", "Loaded", "describe", "load", "load_model", "main", "parse_flags"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,16 @@ def load(
     config = Config(reader.source, Names(reader.source.imports), placeholders)
     root = build(config)
     return Loaded(root.instance, root, config)
+
+
+def load_model(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> ModelPart:
+    """The model alone: the macro MODEL of gin files such as `models/gpt2_small.gin`. Files and errors as in `load`."""
+    reader = Reader(search_paths)
+    for name in files:
+        reader.file(name)
+    for binding in bindings:
+        reader.binding(binding)
+    return build_macro(Config(reader.source, Names(reader.source.imports)), "MODEL", ModelPart)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -111,14 +111,13 @@ def default_of(cls: type, name: str, base: Any = None) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def refuse_unused(config: Config) -> None:
-    """Raises ConfigError for a macro or binding that changes nothing.
+def refuse_unused(config: Config, used: set[Statement]) -> None:
+    """Raises ConfigError for a macro or binding that changes nothing. used: those that do.
 
     Excused is what something later set aside: `Adafactor.x` in a base file whose `@Adafactor()` a later file replaces,
     or a binding for all scopes that later lines refine in each. Not excused is what was written after that, since its
     author expects an effect.
     """
-    used = set(config.reach_class(Experiment, (), "Experiment"))
     set_aside: set[Statement] = set()
     for new, earlier in config.history.items():
         with contextlib.suppress(ConfigError):  # what was set aside need not be complete: it may use macros never set
@@ -262,6 +261,17 @@ class Builder:
 
         return map_content(value, leaf)
 
+    def macro(self, name: str, annotation: Any) -> Any:
+        """The content of a macro that stands for one value of type `annotation`."""
+        definition = self.config.macro(name, name)
+        content = self._evaluate(definition.value, (), definition, name, annotation)
+        value = content.instance if isinstance(content, Node) else content
+        if value is not None and not isinstance(value, annotation):
+            raise ConfigError(
+                f"{definition.where}: {name} = {gin_text(definition.value)}: must be {expected(annotation)}"
+            )
+        return content
+
     def _from_default(self, default: Any, scope: Scope, where: str) -> Any:
         def leaf(item: Any) -> Any:
             return self.node(type(item), scope, where, item) if is_configurable(type(item)) else item
@@ -309,13 +319,26 @@ def _example(key: str, annotation: Any) -> str:
 
 def build(config: Config) -> Node:
     """The root node, complete and checked. Raises ConfigError on the first thing that is wrong."""
-    refuse_unused(config)
+    refuse_unused(config, set(config.reach_class(Experiment, (), "Experiment")))
     builder = Builder(config)
     root = builder.node(Experiment, (), "Experiment")
+    _refuse_missing(builder)
+    return root
+
+
+def build_macro(config: Config, name: str, annotation: type) -> Any:
+    """The value of a macro alone, such as MODEL of a file of gin/models, complete and checked like a whole tree."""
+    refuse_unused(config, set(config.reach(Macro(name), (), name)))
+    builder = Builder(config)
+    content = builder.macro(name, annotation)
+    _refuse_missing(builder)
+    return content.instance if isinstance(content, Node) else content
+
+
+def _refuse_missing(builder: Builder) -> None:
     if builder.missing:
         by_key = {key: (wanted, annotation) for key, wanted, annotation in reversed(builder.missing)}
         keys = list(reversed(by_key))
         listed = "; ".join(f"{key} ({by_key[key][0]}{expected(by_key[key][1])})" for key in keys)
         example = "".join(_example(key, by_key[key][1]) for key in keys)
         raise ConfigError(f"not set: {listed}" + (f"\n  for example:{example}" if example else ""))
-    return root

@@ -30,6 +30,8 @@ class Batch:
     weights: float32, the weight of each target in the loss: 0 on padding and on tokens that are only conditioned on.
     segments: int32, 1, 2, ... for the documents packed in a row, 0 on padding. Attention stays inside a segment.
     positions: int32, counted from each segment's start; 0 on padding.
+    prefix: int32, 1 on inputs that all of their segment's tokens see (prefix language models), or None for none.
+    token_types: int32, kinds of tokens (BERT's first and second sentence), or None for all 0.
     """
 
     tokens: Any
@@ -37,6 +39,8 @@ class Batch:
     weights: Any
     segments: Any
     positions: Any
+    prefix: Any = None
+    token_types: Any = None
 
 
 class RowLayout(abc.ABC):

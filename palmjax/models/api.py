@@ -5,7 +5,6 @@ Params are a plain nested dict named as T5X names them, so a checkpoint, an opti
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -15,28 +14,21 @@ from flax.core import meta
 
 from palmjax import sharding
 from palmjax.data.batch import Batch
-from palmjax.models.attention import CACHE
-from palmjax.models.decoder import RESIDUAL, Decoder, DecoderModule
-from palmjax.models.layers import AxesBox
-from palmjax.sharding import Axes
+from palmjax.models.attention import CACHE, Rows
+from palmjax.models.decoder import Decoder, DecoderModule
+from palmjax.models.embeddings import RESIDUAL
+from palmjax.models.layers import Report
+from palmjax.models.parameters import STACKED, AxesBox, declaring
 
 Cache = dict[str, Any]
 """{"key", "value"}: [layers, B, S, K, N] in the compute dtype; {"length"}: int32 [B], tokens written so far in each
 row.
 """
 
+HEAD = "logits_dense"
+"""Parameters of a head that has some, inside "decoder" as T5X has them."""
+
 MASKED_LOGIT = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """What a module needs to know of its rows besides the tokens."""
-
-    positions: jax.Array
-    segments: jax.Array | None
-
-
-jax.tree_util.register_dataclass(_Rows, data_fields=["positions", "segments"], meta_fields=[])
 
 
 class LanguageModel:
@@ -45,17 +37,35 @@ class LanguageModel:
     def __init__(self, config: Decoder):
         self.config = config
         self._module = DecoderModule(config)
+        self._head = config.head.build(config.context, config.padded_vocab_size)
+
+    def _fresh(self, module: DecoderModule, key: jax.Array, ids: jax.Array) -> Any:
+        """Boxed parameters; ids: int32 [B, T], any."""
+        variables: Any = module.init(key, ids, Rows(positions=ids))
+        params = variables["params"]
+        hidden = jnp.zeros((*ids.shape, self.config.d_model), out_sharding=sharding.out_spec(RESIDUAL, (*ids.shape, 1)))
+        table = params["token_embedder"]["embedding"].value
+        head = self._head.init(jax.random.fold_in(key, 1), hidden, table)
+        if "params" in head:
+            params = params | {"decoder": params["decoder"] | {HEAD: head["params"]}}
+        return params
 
     @functools.cached_property
     def _boxed(self) -> Any:
-        rows = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        def stacked(box: AxesBox) -> AxesBox:
+            shape = (self.config.turns, *box.value.shape)
+            return AxesBox(value=jax.ShapeDtypeStruct(shape, box.value.dtype), axes=(STACKED, *box.axes))
 
-        def init(key: jax.Array, ids: jax.Array) -> Any:
-            return self._module.init(key, ids, _Rows(positions=ids, segments=None))["params"]
+        def one_turn() -> Any:
+            module = DecoderModule(self.config, one_turn=True)
+            return self._fresh(module, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
         # Shapes do not depend on the mesh that happens to be active; without one, no axis needs to divide anything.
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return jax.eval_shape(init, jax.random.key(0), rows)
+        # One turn of the layers tells all of them, in a fifth of the time that tracing the scan takes.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), declaring():
+            params = jax.eval_shape(one_turn)
+        layers = jax.tree.map(stacked, params["decoder"]["layers"], is_leaf=lambda x: isinstance(x, AxesBox))
+        return params | {"decoder": params["decoder"] | {"layers": layers}}
 
     @property
     def axes(self) -> Any:
@@ -73,19 +83,27 @@ class LanguageModel:
         batch = jax.sharding.get_abstract_mesh()
         rows = 1 if batch.empty else batch.size
         ids = jnp.zeros((rows, 2), jnp.int32, out_sharding=sharding.out_spec(("batch", "length"), (rows, 2)))
-        return meta.unbox(self._module.init(key, ids, _Rows(positions=ids, segments=None))["params"])
+        return meta.unbox(self._fresh(self._module, key, ids))
 
     def hidden(self, params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """Final hidden states [B, T, D] in the compute dtype. Dropout is applied only with a key."""
-        rows = _Rows(positions=batch.positions, segments=batch.segments)
-        return self._module.apply({"params": params}, batch.tokens, rows, dropout_key=dropout_key)[0]
+        return self.forward(params, batch, dropout_key)[0]
+
+    def forward(self, params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[jax.Array, Report]:
+        """`hidden`, and what the layers report besides, float32 scalars summed over tokens: of experts `aux_loss`
+        (weighted, to be added to the loss), `dropped` and `routed`; of dense layers nothing.
+        """
+        rows = Rows(positions=batch.positions, segments=batch.segments, prefix=batch.prefix)
+        out: Any = self._module.apply(
+            {"params": params}, batch.tokens, rows, batch.token_types, dropout_key=dropout_key
+        )
+        hidden, _, report = out
+        return hidden, report
 
     def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
         """float32 logits [B, T, V] of hidden states [B, T, D]; the padding of the vocabulary is masked out."""
-        out: Axes = ("batch", "length", "vocab")
-        table = params["token_embedder"]["embedding"]
-        # Not rounded to the compute dtype on the way: bfloat16 logits tie, and cost hundredths of a nat.
-        logits = sharding.einsum("BTD,VD->BTV", hidden, table, out=out, dtype=jnp.float32) * self.config.d_model**-0.5
+        head = {"params": params["decoder"].get(HEAD, {})}
+        logits: Any = self._head.apply(head, hidden, params["token_embedder"]["embedding"])
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
         real = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
@@ -93,7 +111,7 @@ class LanguageModel:
 
     def init_cache(self, rows: int, length: int) -> Cache:
         """An empty key/value cache for `rows` rows of at most `length` tokens."""
-        attention = self.config.block.attention
+        attention = self.config.attention
         shape = (self.config.num_layers, rows, length, attention.num_kv_heads, attention.head_dim)
         empty = functools.partial(
             jnp.zeros, shape, self.config.dtype, out_sharding=sharding.out_spec(CACHE, shape, "cache")
@@ -128,5 +146,7 @@ class LanguageModel:
 
     def _extend(self, params: Any, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         store = {"key": cache["key"], "value": cache["value"]}
-        hidden, store = self._module.apply({"params": params}, tokens, _Rows(positions=positions, segments=None), store)
+        rows = Rows(positions=positions)
+        out: Any = self._module.apply({"params": params}, tokens, rows, cache=store)
+        hidden, store, _ = out
         return hidden, {**store, "length": cache["length"]}

@@ -1,98 +1,20 @@
-"""Parameters as one record, norms and feed-forward layers.
-
-Shape letters: B rows, T length, D model width, F feed-forward width, H query heads, K key/value heads, N head
-dimension, V vocabulary.
-"""
+"""Norms, activations and feed-forward layers. Shape letters are those of `parameters`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
-from flax.core import meta
 
 from palmjax import sharding
 from palmjax.config import Part, require, section
+from palmjax.models.parameters import Context, Dense, ones, parameter, zeros
 from palmjax.sharding import Axes
 
-Initializer = Callable[[jax.Array, tuple[int, ...], Axes], jax.Array]
-"""(key, shape, logical axes) -> float32 values, born with their sharding."""
-
-STACKED = "layers"
-
-
-@struct.dataclass
-class AxesBox(meta.AxisMetadata):
-    """A parameter with its logical axes. Linen's own boxes constrain values by PartitionSpec, which an explicit mesh
-    refuses.
-    """
-
-    value: Any
-    axes: Axes = struct.field(pytree_node=False)
-
-    def unbox(self) -> Any:
-        return self.value
-
-    def replace_boxed(self, val: Any) -> AxesBox:
-        return AxesBox(value=val, axes=self.axes)
-
-    def add_axis(self, index: int, params: dict) -> AxesBox:
-        return AxesBox(value=self.value, axes=(*self.axes[:index], params[nn.PARTITION_NAME], *self.axes[index:]))
-
-    def remove_axis(self, index: int, params: dict) -> AxesBox:
-        return AxesBox(value=self.value, axes=(*self.axes[:index], *self.axes[index + 1 :]))
-
-
-def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, init: Initializer) -> jax.Array:
-    """A float32 parameter: shape, axes and initializer said once; abstract tree, shardings and values derive from
-    it.
-    """
-    return module.param(name, lambda key: AxesBox(value=init(key, shape, axes), axes=axes))  # pyright: ignore[reportReturnType]
-
-
-def normal(stddev: float) -> Initializer:
-    """Independent N(0, stddev^2)."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-        born = sharding.out_spec(axes, shape, f"parameter {axes}")
-        return stddev * jax.random.normal(key, shape, jnp.float32, out_sharding=born)
-
-    return init
-
-
-def ones(key: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-    """All ones."""
-    return jnp.ones(shape, jnp.float32, out_sharding=sharding.out_spec(axes, shape, f"parameter {axes}"))
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, axes: Axes) -> jax.Array:
-    """Zeroes each value with probability `rate` and scales the rest; the identity without a key or a rate."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=sharding.out_spec(axes, x.shape))
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-class Dense(nn.Module):
-    """A linear map without bias: `einsum(equation, x, kernel)`.
-
-    shape, axes: the kernel's. fan_in: of the initializer, std 1/sqrt(fan_in) (PaLM section 5).
-    """
-
-    equation: str
-    shape: tuple[int, ...]
-    axes: Axes
-    fan_in: int
-    out: Axes
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = parameter(self, "kernel", self.shape, self.axes, normal(self.fan_in**-0.5))
-        return sharding.einsum(self.equation, x, kernel, out=self.out)
+Report = dict[str, jax.Array]
+"""float32 scalars that a layer has to say besides its result, summed over tokens; empty for dense layers."""
 
 
 class NormPart(Part):
@@ -101,59 +23,193 @@ class NormPart(Part):
 
 @section
 class LayerNorm(NormPart):
-    """Zero mean, unit variance and a learned scale; no bias (PaLM section 2). PaLM does not publish epsilon."""
+    """LayerNorm (Ba et al. 2016) with a scale and, if `bias`, a bias. PaLM has no biases; its epsilon is not known."""
+
+    epsilon: float = 1e-6
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.epsilon > 0.0, self, "epsilon", "above 0")
+
+    def build(self, name: str) -> nn.Module:
+        return NormModule(self.epsilon, centered=True, bias=self.bias, name=name)
+
+
+@section
+class RMSNorm(NormPart):
+    """Division by the root mean square and a scale (Zhang and Sennrich 2019)."""
 
     epsilon: float = 1e-6
 
+    def __post_init__(self) -> None:
+        require(self.epsilon > 0.0, self, "epsilon", "above 0")
+
     def build(self, name: str) -> nn.Module:
-        return LayerNormModule(self.epsilon, name=name)
+        return NormModule(self.epsilon, centered=False, bias=False, name=name)
 
 
-class LayerNormModule(nn.Module):
-    """LayerNorm with scale only; statistics in float32, result in x's dtype."""
+class NormModule(nn.Module):
+    """The norms; statistics in float32, result in x's dtype."""
 
     epsilon: float
+    centered: bool
+    bias: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = parameter(self, "scale", (x.shape[-1],), ("embed",), ones)
         scale = sharding.constrain(scale, ("residual",))
         y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * scale).astype(x.dtype)
+        if self.centered:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * scale
+        if self.bias:
+            bias = parameter(self, "bias", (x.shape[-1],), ("embed",), zeros)
+            y = y + sharding.constrain(bias, ("residual",))
+        return y.astype(x.dtype)
 
 
-class FeedForwardPart(Part):
-    """A feed-forward layer: `build(name)` returns a module x [B, T, D] -> [B, T, D]."""
-
-    d_ff: int
+class ActivationPart(Part):
+    """A function of each value: `build()` returns it."""
 
 
 @section
-class SwiGLU(FeedForwardPart):
-    """swish(x W0) * (x W1), then Wo, three matrices without biases (Shazeer 2020; PaLM section 2)."""
+class GELU(ActivationPart):
+    """x Phi(x) (Hendrycks and Gimpel 2016)."""
+
+    def build(self) -> Any:
+        return lambda x: jax.nn.gelu(x, approximate=False)
+
+
+@section
+class TanhGELU(ActivationPart):
+    """GELU with Phi approximated by a tanh, as GPT-2, BLOOM and GPT-J compute it."""
+
+    def build(self) -> Any:
+        return lambda x: jax.nn.gelu(x, approximate=True)
+
+
+@section
+class ReLU(ActivationPart):
+    """max(x, 0)."""
+
+    def build(self) -> Any:
+        return jax.nn.relu
+
+
+@section
+class SquaredReLU(ActivationPart):
+    """max(x, 0)^2 (So et al. 2021, Primer)."""
+
+    def build(self) -> Any:
+        return lambda x: jnp.square(jax.nn.relu(x))
+
+
+@section
+class SiLU(ActivationPart):
+    """x sigmoid(x), also called swish."""
+
+    def build(self) -> Any:
+        return jax.nn.silu
+
+
+class FeedForwardPart(Part):
+    """A feed-forward layer.
+
+    `build(name, context)` returns a module (x [B, T, D], rows, dropless) -> ([B, T, D], Report). `rows` and `dropless`
+    matter to experts only.
+    """
 
     d_ff: int
+
+
+class DenseFeedForward(FeedForwardPart):
+    """Every token through the same matrices.
+
+    `build(name, context, experts=E)` makes E of them side by side, for x [B, E, C, D].
+    """
+
+    activation: ActivationPart
+    bias: bool
+    gated: ClassVar[bool]
 
     def __post_init__(self) -> None:
         require(self.d_ff >= 1, self, "d_ff", "1 or more")
 
-    def build(self, name: str) -> nn.Module:
-        return SwiGLUModule(self.d_ff, name=name)
+    def build(self, name: str, context: Context, experts: int | None = None) -> nn.Module:
+        return FeedForwardModule(self, context, experts, name=name)
 
 
-class SwiGLUModule(nn.Module):
-    """The gated feed-forward layer; kernels are named as T5X names them."""
+@section
+class MLP(DenseFeedForward):
+    """activation(x Wi) Wo: two matrices, with biases if `bias`."""
 
     d_ff: int
+    activation: ActivationPart = TanhGELU()
+    bias: bool = False
+
+    gated = False
+
+
+@section
+class SwiGLU(DenseFeedForward):
+    """swish(x W0) * (x W1), then Wo (Shazeer 2020; PaLM section 2): three matrices, with biases if `bias`."""
+
+    d_ff: int
+    activation: ActivationPart = SiLU()
+    bias: bool = False
+
+    gated = True
+
+
+@section
+class GEGLU(DenseFeedForward):
+    """GELU(x W0) * (x W1), then Wo (Shazeer 2020; T5 v1.1 and GLaM): three matrices, with biases if `bias`."""
+
+    d_ff: int
+    activation: ActivationPart = TanhGELU()
+    bias: bool = False
+
+    gated = True
+
+
+class FeedForwardModule(nn.Module):
+    """The feed-forward layer; kernels are named as T5X names them: `wi` or `wi_0` (gate) and `wi_1`, and `wo`."""
+
+    config: DenseFeedForward
+    context: Context
+    experts: int | None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        D, F = x_BTD.shape[-1], self.d_ff
-        hidden: Axes = ("batch", "length", "mlp")
-        gate = Dense("BTD,DF->BTF", (D, F), ("embed", "mlp"), D, hidden, name="wi_0")(x_BTD)
-        value = Dense("BTD,DF->BTF", (D, F), ("embed", "mlp"), D, hidden, name="wi_1")(x_BTD)
-        return Dense("BTF,FD->BTD", (F, D), ("mlp", "embed"), F, ("batch", "length", "residual"), name="wo")(
-            jax.nn.silu(gate) * value
-        )
+    def __call__(self, x: jax.Array, rows: Any = None, dropless: bool = False) -> tuple[jax.Array, Report]:
+        c, D, F = self.config, x.shape[-1], self.config.d_ff
+        sizes, names, lead, kernel = (), (), "BT", ""
+        axes: Axes = ("batch", "length")
+        if self.experts is not None:
+            sizes, names, lead, kernel = (self.experts,), ("experts",), "BEC", "E"
+            axes = ("expert_batch", "experts", None)
+
+        def up(name: str) -> jax.Array:
+            stddev = self.context.kernel_stddev(D)
+            return Dense(
+                f"{lead}D,{kernel}DF->{lead}F",
+                (*sizes, D, F),
+                (*names, "embed", "mlp"),
+                stddev,
+                (*axes, "mlp"),
+                c.bias,
+                name=name,
+            )(x)
+
+        activation = c.activation.build()
+        hidden = activation(up("wi_0")) * up("wi_1") if c.gated else activation(up("wi"))
+        y = Dense(
+            f"{lead}F,{kernel}FD->{lead}D",
+            (*sizes, F, D),
+            (*names, "mlp", "embed"),
+            self.context.residual_stddev(F),
+            (*axes, "residual"),
+            c.bias,
+            name="wo",
+        )(hidden)
+        return y, {}

@@ -55,7 +55,8 @@ class Time:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a whole run takes at the planned speed. energy_mwh: chips alone, with the data centre's PUE; None unknown."""
+    """What a whole run takes at the planned speed. energy_mwh: chips alone, with the data centre's PUE; None
+    unknown."""
 
     tokens: float
     days: float
@@ -67,9 +68,10 @@ class Run:
 class Plan:
     """What `palmjax plan` knows of a job.
 
-    fits: whether a device's memory holds the step; `problem` are the compiler's words if not. usage and hbm_bytes: of one
-    device. model_flops: a token, 6N + 12LHQT (PaLM appendix B). hardware_flops: a token, of the matmuls the compiler kept.
-    time, tokens_per_second, mfu, hfu, run: None where no time is known (a CPU).
+    fits: whether a device's memory holds the step; `problem` are the compiler's words if not. usage and hbm_bytes: of
+    one device. model_flops: a token, 6N + 12LHQT (PaLM appendix B). hardware_flops: a token, of the matmuls the
+    compiler kept. time and all that follows from it: None for a step that does not fit, and on a CPU, whose speed is
+    not modelled.
     """
 
     topology: str
@@ -89,7 +91,7 @@ class Plan:
     usage: memory.Usage
     hbm_bytes: int | None
     model_flops: float
-    hardware_flops: float
+    hardware_flops: float | None
     time: Time | None
     tokens_per_second: float | None
     mfu: float | None
@@ -113,18 +115,20 @@ def compile(
     topology: Topology,
     *,
     rows: int | None = None,
+    options: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     timeout: float = 3600,
 ) -> Plan:
     """Compiles the experiment's train step for `topology` and reads off its memory and time.
 
-    rows: a step's batch (default: the run's largest). cache: folder of compiled steps. Raises ConfigError for a mesh or
-    batch that does not divide, or a compiler that is not installed; `CompilerError` if the compiler fails.
+    rows: a step's batch (default: the run's largest). options: the TPU compiler's flags (default: LIBTPU_INIT_ARGS).
+    cache: folder of compiled steps. Raises ConfigError for a mesh or batch that does not divide, or a compiler that is
+    not installed; `CompilerError` if the compiler fails.
     """
     length = experiment.train_dataset.task_feature_lengths.get("targets")
     if length is None:
         raise ConfigError("TASK_FEATURE_LENGTHS names no 'targets': how many tokens has a row?")
-    request = compiler.Request(experiment, topology, rows or batch_rows(experiment), length)
+    request = compiler.Request(experiment, topology, rows or batch_rows(experiment), length, options)
     return build(request, compiler.compile_step(request, cache, timeout))
 
 
@@ -137,16 +141,16 @@ def build(request: compiler.Request, artifact: compiler.Artifact) -> Plan:
     totals = account(model, request.length)
     hardware = topology.hardware
     tokens = request.rows * request.length
-    time, speed, flops, caveats = None, None, 0.0, []
-    if hardware is not None:
-        coords = np.array(artifact.facts["coords"])
-        network = Network(topology, coords, artifact.facts["mesh"])
+    time, speed, mfu_, hfu, per_token, run, caveats = None, None, None, None, None, None, []
+    # A schedule that was given up half-way for want of memory has no estimates worth reading.
+    if hardware is not None and not artifact.oom:
+        network = Network(topology, np.array(artifact.facts["coords"]), artifact.facts["mesh"])
         step = cost.predict(artifact.module, hardware, network, topology.slices)
-        time, speed, flops = _time(step, model.num_layers), tokens / step.seconds, step.flops
-        caveats = _caveats(step)
-    peak = hardware.chip.bf16_flops * topology.chips if hardware else None
-    per_token = flops * topology.devices / tokens
-    known = speed is not None and peak is not None
+        time, speed, caveats = _time(step, model.num_layers), tokens / step.seconds, _caveats(step)
+        per_token = step.flops * topology.devices / tokens
+        peak = hardware.chip.bf16_flops * topology.chips
+        mfu_, hfu = mfu(speed, totals.flops_per_token, peak), mfu(speed, per_token, peak)
+        run = _run(experiment, request, speed)
     remat = getattr(model, "remat", None)
     return Plan(
         topology=str(topology),
@@ -169,9 +173,9 @@ def build(request: compiler.Request, artifact: compiler.Artifact) -> Plan:
         hardware_flops=per_token,
         time=time,
         tokens_per_second=speed,
-        mfu=mfu(speed, totals.flops_per_token, peak) if known else None,
-        hfu=mfu(speed, per_token, peak) if known else None,
-        run=_run(experiment, request, speed) if speed is not None else None,
+        mfu=mfu_,
+        hfu=hfu,
+        run=run,
         caveats=tuple(caveats),
     )
 

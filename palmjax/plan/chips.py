@@ -1,4 +1,5 @@
-"""What a plan must know of an accelerator, besides the peak and the memory of `palmjax.chips`: clock, memory and network
+"""What a plan must know of an accelerator, besides the peak and the memory of `palmjax.chips`: clock, memory and
+network
 bandwidth, power. Plain data, each figure with its source.
 
 Bandwidths are the vendors' printed ones. `ICI_EFFICIENCY` and `DCN_EFFICIENCY` are the two places where a plan stays
@@ -80,9 +81,9 @@ HARDWARE = {
             link_bandwidth=50e9,
             dcn_bandwidth=25 * _GBIT,
             watts=170.0,
-            sources="cloud.google.com/tpu/docs/v4 (two cores of four 128x128 MXUs; HBM; mean power). ICI: 2400 Gbit/s over six "
-            "links (arXiv:2304.01433, table 4). DCN: PaLM (arXiv:2204.02311, section 4) moves 81 Tbit/s over 768 pairs of "
-            "four-chip hosts, a 100 Gbit/s card each.",
+            sources="cloud.google.com/tpu/docs/v4 (two cores of four 128x128 MXUs; HBM; mean power). ICI: 2400 Gbit/s "
+            "over six links (arXiv:2304.01433, table 4). DCN: PaLM (arXiv:2204.02311, section 4) moves 81 Tbit/s over "
+            "768 pairs of four-chip hosts, a 100 Gbit/s card each.",
         ),
         Hardware(
             key="v5e",
@@ -94,8 +95,8 @@ HARDWARE = {
             link_bandwidth=50e9,
             dcn_bandwidth=25 * _GBIT,
             watts=None,
-            sources="cloud.google.com/tpu/docs/v5e: four MXUs, 819 GB/s, 400 GB/s both ways over four ports, 2 x 100 Gbit/s "
-            "a host of eight.",
+            sources="cloud.google.com/tpu/docs/v5e: four MXUs, 819 GB/s, 400 GB/s both ways over four ports, "
+            "2 x 100 Gbit/s a host of eight.",
         ),
         Hardware(
             key="v5p",
@@ -107,8 +108,8 @@ HARDWARE = {
             link_bandwidth=100e9,
             dcn_bandwidth=50 * _GBIT,
             watts=None,
-            sources="cloud.google.com/tpu/docs/v5p: two cores of four MXUs, 2765 GB/s, 1200 GB/s both ways (six links), "
-            "50 Gbit/s a chip.",
+            sources="cloud.google.com/tpu/docs/v5p: two cores of four MXUs, 2765 GB/s, 1200 GB/s both ways "
+            "(six links), 50 Gbit/s a chip.",
         ),
         Hardware(
             key="v6e",
@@ -120,8 +121,9 @@ HARDWARE = {
             link_bandwidth=100e9,
             dcn_bandwidth=100 * _GBIT,
             watts=None,
-            sources="cloud.google.com/tpu/docs/v6e: 256x256 MXUs, 1638 GB/s, 800 GB/s both ways over four ports, 25.6 Tbit/s a "
-            "pod of 256. Its page counts two MXUs; four at 1.75 GHz make the printed peak, as the compiler's cycles do.",
+            sources="cloud.google.com/tpu/docs/v6e: 256x256 MXUs, 1638 GB/s, 800 GB/s both ways over four "
+            "ports, 25.6 Tbit/s a pod of 256. Its page counts two MXUs; four at 1.75 GHz make the printed peak, as the "
+            "compiler's cycles do.",
         ),
         Hardware(
             key="tpu7x",
@@ -133,8 +135,8 @@ HARDWARE = {
             link_bandwidth=100e9,
             dcn_bandwidth=100 * _GBIT,
             watts=None,
-            sources="cloud.google.com/tpu/docs/tpu7x: 7380 GB/s, 1200 GB/s both ways. Width of the matrix units: taken as twice "
-            "v6e's a core, unpublished.",
+            sources="cloud.google.com/tpu/docs/tpu7x: 7380 GB/s, 1200 GB/s both ways. Width of the matrix units: "
+            "unpublished, taken as v6e's for each core, as the compiler's cycles do.",
         ),
         Hardware(
             key="h200",
@@ -146,7 +148,8 @@ HARDWARE = {
             link_bandwidth=450e9,
             dcn_bandwidth=400 * _GBIT,
             watts=700.0,
-            sources="NVIDIA H200 datasheet: 4.8 TB/s, NVLink 900 GB/s both ways, 700 W at most; DGX H200: 400 Gbit/s a GPU.",
+            sources="NVIDIA H200 datasheet: 4.8 TB/s, NVLink 900 GB/s both ways, 700 W at most; "
+            "DGX H200: 400 Gbit/s a GPU.",
         ),
         Hardware(
             key="h100",
@@ -158,7 +161,8 @@ HARDWARE = {
             link_bandwidth=450e9,
             dcn_bandwidth=400 * _GBIT,
             watts=700.0,
-            sources="NVIDIA H100 SXM datasheet: 3.35 TB/s, NVLink 900 GB/s both ways, 700 W at most; DGX H100: 400 Gbit/s a GPU.",
+            sources="NVIDIA H100 SXM datasheet: 3.35 TB/s, NVLink 900 GB/s both ways, 700 W at "
+            "most; DGX H100: 400 Gbit/s a GPU.",
         ),
         Hardware(
             key="a100",
@@ -170,8 +174,8 @@ HARDWARE = {
             link_bandwidth=300e9,
             dcn_bandwidth=200 * _GBIT,
             watts=400.0,
-            sources="NVIDIA A100 80 GB SXM datasheet: 2.039 TB/s, NVLink 600 GB/s both ways, 400 W at most; DGX A100: 200 Gbit/s "
-            "a GPU.",
+            sources="NVIDIA A100 80 GB SXM datasheet: 2.039 TB/s, NVLink 600 GB/s both ways, 400 W at "
+            "most; DGX A100: 200 Gbit/s a GPU.",
         ),
     )
 }  # fmt: skip

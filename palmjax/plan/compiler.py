@@ -10,6 +10,7 @@ the compiler's version and its options, and put in place whole by one rename.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -41,12 +42,16 @@ class CompilerError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to compile: `rows` x `length` tokens a step on `topology`."""
+    """What to compile: `rows` x `length` tokens a step on `topology`.
+
+    options: the TPU compiler's flags (LIBTPU_INIT_ARGS); None takes the environment's.
+    """
 
     experiment: Experiment
     topology: Topology
     rows: int
     length: int
+    options: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +85,8 @@ def compile_step(request: Request, cache: str | os.PathLike[str] | None = None, 
         given.write_bytes(pickle.dumps(request))
         command = [sys.executable, "-m", "palmjax.plan.worker", str(given), str(answer), str(root)]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+        if request.options is not None:
+            environment["LIBTPU_INIT_ARGS"] = request.options
         with open(pathlib.Path(scratch, "log"), "w+") as log:
             status = _run(command, environment, log, timeout)
             if not answer.exists():
@@ -108,10 +115,12 @@ def write(root: pathlib.Path, name: str, facts: dict[str, Any], usage: memory.Us
     (scratch / "step.hlo.zst").write_bytes(zstandard.ZstdCompressor(level=6).compress(text.encode()))
     try:
         scratch.rename(root / name)
-    except OSError:  # another process was first with the same
-        shutil.rmtree(scratch)
-        if not (root / name / "facts.json").exists():
-            raise
+    except OSError:  # the name is taken: by another process that was first, or by a folder without facts
+        if (root / name / "facts.json").exists():
+            shutil.rmtree(scratch)
+            return
+        shutil.rmtree(root / name)
+        scratch.rename(root / name)
 
 
 def key(lowered: str, compiler: str, options: str, topology: Topology) -> str:
@@ -122,16 +131,28 @@ def key(lowered: str, compiler: str, options: str, topology: Topology) -> str:
     return digest.hexdigest()[:32]
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def stop_all() -> None:
+    """Ends every compiler that this process started: what a search does when it is interrupted."""
+    for process in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def _run(command: list[str], environment: dict[str, str], log: Any, timeout: float) -> int:
     """Runs the worker; whatever ends this process or the wait ends the worker and its children too."""
     process = subprocess.Popen(
         command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
     )
+    _running.add(process)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
         raise CompilerError(f"the compiler took longer than {timeout:.0f} s") from None
     finally:
+        _running.discard(process)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -1,14 +1,14 @@
 """The time of one step, from the schedule the compiler made. The whole model is on this page.
 
 **Order.** A TPU runs its instructions one after another, in the order of the scheduled HLO. The walk keeps a clock: a
-synchronous operation advances it by its own time; a start (copy-start, collective-permute-start, send, the first part of
-an asynchronous collective) occupies a resource (a dimension of the torus, the slices' network, the memory engine) from
-the moment that resource is free; the matching done advances the clock only if the transfer has not ended. What a done
-waits is *exposed*; the rest was hidden behind what stood between.
+synchronous operation advances it by its own time; a start (copy-start, collective-permute-start, send, the first part
+of an asynchronous collective) occupies a resource (a dimension of the torus, the slices' network, the memory engine)
+from the moment that resource is free; the matching done advances the clock only if the transfer has not ended. What a
+done waits is *exposed*; the rest was hidden behind what stood between.
 
-**Compute.** The TPU compiler writes its own estimate of cycles on every fusion; they are divided by the clock that makes
-the printed peak (`chips.Hardware.clock`). No factor is fitted. An operation without an estimate costs its bytes over
-HBM's bandwidth. A Mosaic (Pallas) kernel carries none: its cycles come from the kernel's own table
+**Compute.** The TPU compiler writes its own estimate of cycles on every fusion; they are divided by the clock that
+makes the printed peak (`chips.Hardware.clock`). No factor is fitted. An operation without an estimate costs its bytes
+over HBM's bandwidth. A Mosaic (Pallas) kernel carries none: its cycles come from the kernel's own table
 (`pallas_kernels.schedule`) where it has the shape, else from the roofline, and the plan says which.
 
 **Collectives** follow `network.py`: bytes over the links that the group's place on the torus and the compiler's chosen
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from palmjax.plan import flops as counting
-from palmjax.plan import hlo
+from palmjax.plan import hlo, traffic
 from palmjax.plan.chips import Hardware
 from palmjax.plan.network import Cost, Network
 
@@ -45,9 +45,10 @@ MEMORY_EFFICIENCY = 0.9
 """Of a GPU's printed HBM bandwidth in large copies: 4.3 of 4.8 TB/s, measured on one H200."""
 
 _FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id iota opt-barrier "
-    "add-dependency bitcast-convert".split()
+    ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id")
+    + ("iota", "opt-barrier", "add-dependency", "bitcast-convert")
 )
+"""Operations that move no data: the compiler folds them away or names what is there."""
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 MATMUL, OTHER, KERNEL, ICI, DCN = "matmul", "other compute", "kernel", "exposed ICI", "exposed DCN"
 KINDS = (MATMUL, OTHER, KERNEL, ICI, DCN)
@@ -87,7 +88,7 @@ class Step:
 
     def by(self, attribute: str) -> dict[str, float]:
         """Seconds a step by `kind`, `axis` or another attribute of the entries."""
-        sums: collections.Counter[str] = collections.Counter()
+        sums: dict[str, float] = collections.defaultdict(float)
         for entry in self.entries:
             sums[getattr(entry, attribute)] += entry.total
         return dict(sums)
@@ -115,7 +116,7 @@ class _Walk:
         self.module, self.hardware, self.network, self.slices = module, hardware, network, slices
         self.clock = 0.0
         self.free: dict[int | str, float] = {}
-        self.busy: collections.Counter[int | str] = collections.Counter()
+        self.busy: dict[int | str, float] = collections.defaultdict(float)
         self.under_way: dict[str, _Transfer] = {}
         self.entries: list[Entry] = []
         self.flops = 0.0
@@ -151,7 +152,7 @@ class _Walk:
 
     def _loop(self, loop: hlo.Instruction, runs: int) -> None:
         trips = self.module.trips(loop)
-        outside, self.busy = self.busy, collections.Counter()
+        outside, self.busy = self.busy, collections.defaultdict(float)
         first, began = len(self.entries), self.clock
         body = self.run(loop.called["body"], runs * trips)
         slowest = max(self.busy, key=lambda resource: self.busy[resource], default=None)
@@ -266,10 +267,15 @@ class _Walk:
             # The estimate is of one JAX device's core or fused cores.
             seconds, source = instruction.cycles / self.hardware.clock, "compiler's cycles"
         elif self.hardware.platform == "tpu":
-            seconds, source = self._bytes(computation, instruction) / self.hardware.hbm_bandwidth, "bytes"
+            seconds, source = (
+                traffic.moved(self.module, computation, instruction) / self.hardware.hbm_bandwidth,
+                "bytes",
+            )
         else:
             compute = flops / (self.hardware.chip.bf16_flops * MATMUL_EFFICIENCY)
-            moved = self._bytes(computation, instruction) / (self.hardware.hbm_bandwidth * MEMORY_EFFICIENCY)
+            moved = traffic.moved(self.module, computation, instruction) / (
+                self.hardware.hbm_bandwidth * MEMORY_EFFICIENCY
+            )
             seconds, source = max(compute, moved), "roofline"
         if seconds > 0:
             self._advance(kind, seconds, runs, instruction, flops=flops, source=source)
@@ -323,21 +329,12 @@ class _Walk:
     def _kernel(self, computation: hlo.Computation, instruction: hlo.Instruction) -> tuple[float, str]:
         """A Mosaic kernel: the cost that its author stated (`pl.CostEstimate`), as a roofline."""
         stated = {k: float(v) for k, v in re.findall(r'"(flops|bytes_accessed)":"?(\d+)', instruction.text)}
-        moved = stated.get("bytes_accessed", self._bytes(computation, instruction))
+        moved = stated.get("bytes_accessed", self._moved(computation, instruction))
         seconds = max(stated.get("flops", 0.0) / self.hardware.chip.bf16_flops, moved / self.hardware.hbm_bandwidth)
         return seconds, "kernel's stated FLOPs and bytes at the peak"
 
-    @staticmethod
-    def _bytes(computation: hlo.Computation, instruction: hlo.Instruction) -> float:
-        """Bytes read from and written to HBM."""
-        if instruction.opcode == "custom-call" and instruction.target != "tpu_custom_call":
-            return 0.0  # markers: allocations, views
-        written = sum(s.bytes for s in instruction.result if s.space == 0)
-        if instruction.opcode == "dynamic-update-slice":  # in place: only the slice moves
-            slice_ = computation.by_name.get(instruction.operands[1])
-            return 2.0 * sum(s.bytes for s in slice_.result) if slice_ else written
-        read = (computation.by_name[n].result for n in instruction.operands if n in computation.by_name)
-        return written + sum(s.bytes for shapes in read for s in shapes if s.space == 0)
+    def _moved(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
+        return traffic.moved(self.module, computation, instruction)
 
     def _advance(self, kind: str, seconds: float, runs: int, instruction: hlo.Instruction, **details: Any) -> None:
         self.clock += seconds

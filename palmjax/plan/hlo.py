@@ -176,7 +176,7 @@ def _mesh_groups(text: str) -> np.ndarray:
     return ids.transpose(order).reshape(-1, math.prod(axes[name] for name in spanned))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Computation:
     """A computation: its instructions in the order of the schedule, the root's name and the inlined callers' view."""
 
@@ -319,7 +319,7 @@ def _close(text: str, start: int) -> int:
 def _frames(tables: dict[str, list[str]]) -> dict[int, str]:
     """Stack frame number -> "file:line", from the text's tables of files, locations and frames.
 
-    A frame in an installed library or in the sharding seam, where every matmul comes by, gives way to its caller.
+    A frame in an installed library, or in the two modules of ours where every matmul comes by, gives way to its caller.
     """
     files = {int(n): name for n, name in re.findall(r'^(\d+) "(.*)"$', "\n".join(tables.get("FileNames", [])), re.M)}
     rows = {name: {} for name in _TABLES}
@@ -348,4 +348,4 @@ def _frames(tables: dict[str, list[str]]) -> dict[int, str]:
     return {number: place(number) for number in rows["StackFrames"]}
 
 
-_PASSED_THROUGH = ("site-packages", "palmjax/sharding.py")
+_PASSED_THROUGH = ("site-packages", "palmjax/sharding.py", "palmjax/models/parameters.py")

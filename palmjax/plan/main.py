@@ -7,10 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from palmjax import configure
-from palmjax.config import ConfigError
-from palmjax.plan import build, chips, compiler, report, topology
+from palmjax.config import ConfigError, Experiment
+from palmjax.plan import build, check, chips, compiler, layouts, report, search, topology
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,6 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--slices", type=int, default=1, metavar="N", help="equal slices joined by the data centre's network (1)")
     add("--batch_size", type=int, metavar="ROWS", help="rows a step (default: the run's largest batch)")
     add("--output", metavar="DIR", help="write plan.json and plan.png here")
+    add("--search", action="store_true", help="compile the likeliest layouts and rank them")
+    add("--budget", type=int, default=12, metavar="K", help="layouts a search compiles (12)")
+    add("--jobs", type=int, default=2, metavar="N", help="compilers side by side (2)")
+    add("--batch_sizes", metavar="A,B", help="batches a search tries, rows (default: the run's largest)")
+    add("--check", action="store_true", help="hold each FILE.gin against the plan in its header")
+    add("--update", action="store_true", help="with --check: write the new figures into the headers")
     add("--json", action="store_true", help="print the plan as JSON")
     add("--cache", default=compiler.CACHE, metavar="DIR", help=f"compiled steps ({compiler.CACHE})")
     add("--timeout", type=float, default=3600, metavar="SECONDS", help="give a compilation up after this (3600)")
@@ -35,28 +42,83 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plans one job. Returns 0 if it fits, 1 if not or if the compiler failed."""
+    """Plans one job, searches its layouts, or checks files. Returns 0 if all fits, 1 if not or the compiler failed."""
     flags, rest = configure.parse_flags(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(rest)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process computes shapes only; the compiler has its own
+    if options.check:
+        return check.check(flags.files, options.cache, options.timeout, options.update)
     if options.topology is None:
         raise ConfigError(f"--topology is missing: for which machine? For example {topology.EXAMPLES}")
+    for name in ("batch_size", "budget", "jobs"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}={value}: must be at least 1")
     target = topology.parse(options.topology, options.slices)
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ConfigError(f"--batch_size={options.batch_size}: must be at least 1")
     experiment = configure.load(flags.files, flags.bindings, flags.search_paths, placeholders=True).experiment
+    if options.search:
+        return _search(experiment, target, flags, options)
     print(f"compiling for {target} ...", file=sys.stderr, flush=True)
     try:
         plan = build.compile(experiment, target, rows=options.batch_size, cache=options.cache, timeout=options.timeout)
     except compiler.CompilerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    write(plan, options.output)
-    print(json.dumps(plan.to_json()) if options.json else report.text(plan), end="\n" if options.json else "")
+    _write(plan, options.output)
+    if options.json:
+        print(json.dumps(plan.to_json()))
+        return 0 if plan.fits else 1
+    print(report.text(plan), end="")
+    if not plan.fits and plan.hbm_bytes is not None:
+        held, limit = plan.usage.total, LIMIT * plan.hbm_bytes
+        changes = layouts.remedies(experiment, target, plan.rows, plan.length, held, limit)
+        print("\nTO FIT  by arithmetic, the fastest first; plan again to be sure")
+        print("\n".join(f"  {change}" for change in changes) or "  no change of one or two settings is enough")
     return 0 if plan.fits else 1
 
 
-def write(plan: build.Plan, folder: str | None) -> None:
+LIMIT = 0.95
+"""Of a chip's memory, what a step may take: the TPU compiler keeps the rest (30.75 of 32 GiB on v4)."""
+
+
+def _search(experiment: Experiment, target: topology.Topology, flags: configure.Flags, options: Any) -> int:
+    rows = _rows(options)
+    with search.Console() as progress:
+        result = search.search(
+            experiment,
+            target,
+            rows=rows,
+            budget=options.budget,
+            jobs=options.jobs,
+            cache=options.cache,
+            timeout=options.timeout,
+            progress=progress,
+        )
+    print(search.table(result))
+    text = search.winner(result, flags.files, flags.bindings)
+    print(text, end="")
+    best = result.best
+    if options.output and best is not None and best.plan is not None:
+        _write(best.plan, options.output)
+        with open(os.path.join(options.output, "best.gin"), "w") as file:
+            file.write(text)
+        report.pareto(result, os.path.join(options.output, "pareto.png"))
+    return 0
+
+
+def _rows(options: Any) -> list[int] | None:
+    if options.batch_sizes is None:
+        return None if options.batch_size is None else [options.batch_size]
+    try:
+        rows = [int(part) for part in options.batch_sizes.split(",")]
+    except ValueError:
+        rows = []
+    if not rows or min(rows) < 1:
+        raise ConfigError(f"--batch_sizes={options.batch_sizes}: numbers of rows, as in 1024,2048")
+    return rows
+
+
+def _write(plan: build.Plan, folder: str | None) -> None:
     """plan.json and plan.png in `folder`, if one is given. Raises ConfigError if it can't be written."""
     if folder is None:
         return

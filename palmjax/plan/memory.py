@@ -34,9 +34,9 @@ class Buffer:
 class Usage:
     """Bytes of one device's memory.
 
-    parameters, optimizer, inputs: held between steps (inputs: the batch, the step and the key). activations: made by the
-    forward pass and alive at the peak. temporaries: the rest of the compiler's temporary allocation: gradients, gathered
-    weights, space between buffers. program: the compiled code. largest: buffers at the peak, largest first.
+    parameters, optimizer, inputs: held between steps (inputs: the batch, the step and the key). activations: made by
+    the forward pass and alive at the peak. temporaries: the rest of the compiler's temporary allocation: gradients,
+    gathered weights, space between buffers. program: the compiled code. largest: buffers at the peak, largest first.
     """
 
     parameters: int = 0

@@ -1,18 +1,19 @@
 """How long a collective takes on a torus of chips, or between slices: an alpha-beta model with the geometry read off.
 
-A collective names groups of devices. Their coordinates say which dimensions of the torus a group spans, with what stride,
-and whether each closes to a ring. The compiler says, on TPU, which algorithm it emits: one ring through all the group
-("1D"), or phases along several dimensions with as many colours at work at once ("ND").
+A collective names groups of devices. Their coordinates say which dimensions of the torus a group spans, with what
+stride, and whether each closes to a ring. The compiler says, on TPU, which algorithm it emits: one ring through all
+the group ("1D"), or phases along several dimensions with as many colours at work at once ("ND").
 
-With n devices, B bytes of the whole (the result of an all-gather, the operand of a reduction), l the bandwidth of a link
-in one direction:
+With n devices, B bytes of the whole (the result of an all-gather, the operand of a reduction), l the bandwidth of a
+link in one direction:
 
   all-gather, reduce-scatter   B (n-1)/n / bandwidth, all-reduce twice that
-  bandwidth                    2 l for a closed ring (both directions at once), l for an open line, whose last chip hears
-                               everything over its one link; times the colours, each along its own dimension
+  bandwidth                    2 l for a closed ring (both directions at once), l for an open line, whose last
+                               chip hears everything over its one link; times the colours, each along its own
+                               dimension
   a group with stride s        shares its links with s-1 others: bandwidth / s
   collective permute           bytes x hops / l: a shift by h hops puts h flows on each link
-  all-to-all                   the most loaded link of the longest dimension: B k/8 on a ring of k, B k/4 on a line
+  all-to-all                   the most loaded link of the longest dimension: B k/8 on a ring, B k/4 on a line
   latency                      a microsecond for each hop of the longest way: half the ring, or the line
 """
 
@@ -67,7 +68,8 @@ class Network:
         return "+".join(spanned) or "none"
 
     def spans(self, group: np.ndarray) -> list[Span]:
-        """What one group of positions covers of the torus, dimension by dimension; those it does not move along left out.
+        """What one group of positions covers of the torus, dimension by dimension; those it does not move along left
+        out.
 
         A group that is no regular sub-grid counts as a line along the longest dimension, with all others' flows.
         """

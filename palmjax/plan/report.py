@@ -8,6 +8,7 @@ from typing import Any
 from palmjax.metrics.throughput import si
 from palmjax.plan import cost
 from palmjax.plan.build import Plan
+from palmjax.plan.search import Result
 
 _GIB = 2**30
 _HELD = ("parameters", "optimizer", "inputs", "activations", "temporaries", "program")
@@ -19,7 +20,8 @@ def text(plan: Plan) -> str:
     lines = [
         f"{si(plan.parameters)} parameters on {plan.topology} ({plan.chips:,} chips), mesh {mesh}",
         f"{plan.rows:,} rows of {plan.length:,} tokens a step in {plan.microbatches} microbatch"
-        f"{'es' if plan.microbatches > 1 else ''}, remat {plan.remat}, residual over {'+'.join(plan.residual) or 'no axis'}",
+        f"{'es' if plan.microbatches > 1 else ''}, remat {plan.remat}, "
+        f"residual over {'+'.join(plan.residual) or 'no axis'}",
         f"compiled by {plan.compiler} in {plan.compile_seconds:.0f} s" + (f", {plan.options}" if plan.options else ""),
         "",
         *_memory(plan),
@@ -27,7 +29,7 @@ def text(plan: Plan) -> str:
     if plan.time is not None:
         lines += ["", *_time(plan)]
     else:
-        lines += ["", "TIME  no model of this device's speed; memory only"]
+        lines += ["", "STEP  no time: " + ("its speed is not modelled" if plan.fits else "the compiler gave up")]
     return "\n".join(lines) + "\n"
 
 
@@ -48,10 +50,11 @@ def _memory(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     time = plan.time
-    assert time is not None and plan.tokens_per_second is not None and plan.mfu is not None and plan.hfu is not None
+    assert time is not None and plan.tokens_per_second is not None and plan.hardware_flops is not None
+    assert plan.mfu is not None and plan.hfu is not None
     lines = [
         f"STEP  {time.step:.3g} s, {si(plan.tokens_per_second)} tokens/s, MFU {100 * plan.mfu:.1f} %, "
-        f"HFU {100 * plan.hfu:.1f} %" + ("" if plan.fits else "   (if it fitted)"),
+        f"HFU {100 * plan.hfu:.1f} %",
         f"  FLOPs a token: {si(plan.model_flops)} of the model, {si(plan.hardware_flops)} of the compiled matmuls",
     ]
     lines += [f"  {kind:<28}{s:>10.4g} s {100 * s / time.step:>5.1f} %" for kind, s in time.kinds.items() if s]
@@ -66,7 +69,8 @@ def _time(plan: Plan) -> list[str]:
     for slow in time.slowest:
         axis = f" over {slow.axis}" if slow.axis else ""
         lines.append(
-            f"    {slow.seconds:>8.4g} s  x{slow.runs:<6}{slow.kind}{axis}  {slow.shape}  {short(slow.op_name)}  {slow.place}"
+            f"    {slow.seconds:>8.4g} s  x{slow.runs:<6}{slow.kind}{axis}  {slow.shape}  {short(slow.op_name)}  "
+            f"{slow.place}"
         )
     if plan.run is not None:
         energy = (
@@ -74,7 +78,8 @@ def _time(plan: Plan) -> list[str]:
         )
         lines += [
             "",
-            f"RUN  {si(plan.run.tokens)} tokens: {plan.run.days:.3g} days, {plan.run.chip_hours:,.0f} chip-hours{energy}",
+            f"RUN  {si(plan.run.tokens)} tokens: {plan.run.days:.3g} days, "
+            f"{plan.run.chip_hours:,.0f} chip-hours{energy}",
         ]
     return lines + [f"  note: {caveat}" for caveat in plan.caveats]
 
@@ -87,7 +92,7 @@ def short(op_name: str) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB"
+    return f"{size / _GIB:.2f} GiB" if size >= 0.1 * _GIB else f"{size / 2**20:.3g} MiB"
 
 
 def picture(plan: Plan, path: str | os.PathLike[str]) -> None:
@@ -124,6 +129,33 @@ def _headline(plan: Plan) -> str:
     return ", ".join(words) + ("" if plan.fits else "  - DOES NOT FIT")
 
 
+def pareto(result: Result, path: str | os.PathLike[str]) -> None:
+    """The layouts of a search, memory against tokens/s, with the Pareto front, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
+    runs = [tried for tried in result.tried if tried.speed and tried.plan]
+    for tried in runs:
+        assert tried.plan is not None
+        own = tried is result.own
+        color = "#c2452d" if own else "#2b7a5d"
+        axes.scatter(tried.plan.usage.total / _GIB, tried.speed, color=color, s=60 if own else 36, zorder=3)
+        name = f"{'yours: ' if own else ''}{tried.layout}"
+        axes.annotate(
+            name, (tried.plan.usage.total / _GIB, tried.speed), (6, 4), textcoords="offset points", fontsize=7
+        )
+    front = [(t.plan.usage.total / _GIB, t.speed) for t in result.pareto() if t.plan is not None]
+    axes.plot(*zip(*front, strict=True), color="#2b7a5d", linewidth=1, alpha=0.5) if front else None
+    axes.set(xlabel="memory of a device, GiB", ylabel="predicted tokens/s", title="Layouts compiled")
+    axes.margins(0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def _draw_memory(axes: Any, plan: Plan) -> None:
     bottom = 0.0
     for name in _HELD:
@@ -144,8 +176,9 @@ def _draw_kinds(axes: Any, plan: Plan) -> None:
         axes.set_axis_off()
         return
     kinds = {kind: seconds for kind, seconds in plan.time.kinds.items() if seconds > 1e-3 * plan.time.step}
+    step = plan.time.step
     bars = axes.barh(list(kinds)[::-1], list(kinds.values())[::-1], color=[_COLORS[kind] for kind in kinds][::-1])
-    axes.bar_label(bars, fmt=lambda s: f"{s:.3g} s, {100 * s / plan.time.step:.0f} %", padding=3)
+    axes.bar_label(bars, fmt=lambda s: f"{s:.3g} s, {100 * s / step:.0f} %", padding=3)
     axes.set(title="Step by kind, seconds", xlim=(0, 1.35 * max(kinds.values())))
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -91,7 +91,12 @@ def _dims(dims: int) -> str:
 def prepare_environment(topology: Topology) -> None:
     """What must stand in the environment before jax starts its first backend. A real TPU machine's own values stay."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if topology.key == "cpu" or topology.hardware is None or topology.hardware.platform != "tpu":
+    if topology.hardware is None:
+        return
+    if topology.hardware.platform == "cuda":
+        from palmjax.plan import cuda
+
+        cuda.prepare_environment()
         return
     if not libtpu.installed():
         raise ConfigError(f"planning for {topology} needs the TPU compiler: pip install 'palmjax[plan]'")

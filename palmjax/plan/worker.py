@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -76,9 +77,12 @@ def _coords(device: Any) -> list[int]:
 
 
 def _compiler(target: topology.Topology) -> str:
-    hardware = target.hardware
-    package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}.get(hardware.platform if hardware else "", "jaxlib")
-    return f"{package} {importlib.metadata.version(package)}"
+    """The compiler's package and version."""
+    platform = target.hardware.platform if target.hardware else "cpu"
+    for package in {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}.get(platform, ("jaxlib",)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{package} {importlib.metadata.version(package)}"
+    raise ConfigError(f"no compiler for {target} is installed")
 
 
 def _newest(files: dict[str, pathlib.Path], *endings: str) -> str:

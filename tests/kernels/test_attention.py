@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.attention import Case, Mask, attention, check_name, explain, xla
+from pallas_kernels.attention import KEPT, Case, Mask, attention, check_name, explain, xla
 from pallas_kernels.attention.masks import ranges
 from pallas_kernels.attention.reference import EMPTY, masked_softmax_attention
 from pallas_kernels.decode_attention import decode_attention
@@ -169,8 +170,6 @@ def test_what_cannot_work_is_refused_with_the_shapes():
         attention(q, k.astype(jnp.bfloat16), v)
     with pytest.raises(ValueError, match=r"segments \(2, 2\)"):
         attention(q, k, v, segments=np.zeros((2, 2), np.int32))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="a prefix without"):
-        attention(q, k, v, mask=Mask(causal=False), prefix=np.zeros((2, 3), bool))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"alibi_slopes \(2,\)"):
         attention(q, k, v, alibi_slopes=np.zeros(2, np.float32))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"soft_cap = 0"):
@@ -194,3 +193,16 @@ def test_a_named_implementation_works_or_says_every_reason():
     assert "einsum (100 tokens on cpu: fewer than 256)" in explain("auto", case)
     assert "tpu (TPU v4; block sizes of the row for T=2048" in explain("auto", case, "TPU v4")
     assert "xla (not tpu: chip 'TPU v2'" in explain("auto", case, "TPU v2")
+
+
+def test_a_policy_that_keeps_the_named_results_runs_the_forward_pass_once():
+    q, k, v, *_ = (x.astype(np.float32) for x in Example(length=300, heads=2, kv_heads=1).arrays())
+    call = functools.partial(attention, impl="tpu", chip="TPU v4")
+
+    def kernels_run(op: Any) -> list[str]:
+        jaxpr = str(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(op(q, k, v))))(q))
+        return sorted(re.findall(r"name=palmjax_attention_(\w+)", jaxpr))
+
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT)
+    assert kernels_run(jax.checkpoint(call)) == ["backward", "forward", "forward"]
+    assert kernels_run(jax.checkpoint(call, policy=policy)) == ["backward", "forward"]

@@ -1,0 +1,237 @@
+"""Plans of a tiny job, compiled by the real TPU compiler: memory, time, cache, search, records. One cache for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from palmjax import configure, plan
+from palmjax.config import ConfigError, Experiment
+from palmjax.metrics.throughput import mfu
+from palmjax.models.account import account
+from palmjax.plan import build, check, compiler, layouts, main, report, search
+
+TINY = str(pathlib.Path(__file__).parent / "tiny.gin")
+V4, V5E = plan.parse("v4:2x2x1"), plan.parse("v5e:2x2")
+
+
+def load(*bindings: str) -> Experiment:
+    return configure.load([TINY], bindings, placeholders=True).experiment
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("plans"))
+
+
+@pytest.fixture(scope="module")
+def tiny(cache: str) -> plan.Plan:
+    return plan.compile(load(), V4, cache=cache)
+
+
+def test_a_plan_accounts_for_every_second_and_byte(tiny: plan.Plan) -> None:
+    assert tiny.fits and tiny.time is not None and tiny.tokens_per_second is not None
+    assert sum(tiny.time.kinds.values()) == pytest.approx(tiny.time.step)
+    assert sum(tiny.time.parts.values()) == pytest.approx(tiny.time.step)
+    assert 3 * tiny.time.layer + tiny.time.outside == pytest.approx(tiny.time.step)
+    assert sum(tiny.time.axes.values()) == pytest.approx(tiny.time.kinds["exposed ICI"])
+    assert {"fsdp", "tensor"} <= set(tiny.time.axes)
+    assert tiny.time.kinds["matmul"] > 0 and len(tiny.time.slowest) == build.SLOWEST
+    assert tiny.tokens_per_second == pytest.approx(16 * 256 / tiny.time.step)
+    assert tiny.mfu == pytest.approx(mfu(tiny.tokens_per_second, tiny.model_flops, 4 * 275e12))
+
+
+def test_the_compiled_matmuls_are_the_models(tiny: plan.Plan) -> None:
+    """The model's FLOPs are 6N + 12LHQT; on top come one key/value head on both tensor shards, and nothing recomputed."""
+    assert tiny.hardware_flops is not None
+    totals = account(load().model, 256)  # pyright: ignore[reportArgumentType]
+    twice = 3 * 6 * 2 * 256 * 128  # layers x (forward and backward) x key and value of 256 x 128, once more
+    lookup = 6 * 1024 * 256  # 6N counts the tied table once: as the head. The lookup is no matmul.
+    assert totals.flops_per_token == tiny.model_flops
+    assert tiny.hardware_flops == pytest.approx(tiny.model_flops + twice, rel=0.01), lookup
+
+
+def test_memory_is_what_the_state_weighs(tiny: plan.Plan) -> None:
+    """Parameters float32 over four devices, Adafactor's two moments unfactored; TPU layouts pad small arrays."""
+    least = 4 * tiny.parameters / 4
+    assert least <= tiny.usage.parameters <= 1.5 * least
+    assert tiny.usage.optimizer == pytest.approx(2 * tiny.usage.parameters, rel=0.01)
+    assert tiny.usage.total == tiny.usage.parameters + tiny.usage.optimizer + tiny.usage.inputs + (
+        tiny.usage.activations + tiny.usage.temporaries + tiny.usage.program
+    )
+
+
+def test_a_run_s_bill_follows_from_its_tokens(tiny: plan.Plan) -> None:
+    assert tiny.run is not None and tiny.tokens_per_second is not None
+    assert tiny.run.tokens == 100 * 16 * 256
+    hours = tiny.run.tokens / tiny.tokens_per_second / 3600
+    assert tiny.run.chip_hours == pytest.approx(4 * hours)
+    assert tiny.run.energy_mwh == pytest.approx(4 * hours * 170 * 1.08 / 1e6)
+
+
+def test_the_same_step_is_compiled_once(tiny: plan.Plan, cache: str) -> None:
+    before = sorted(os.listdir(cache))
+    assert plan.compile(load(), V4, cache=cache) == tiny
+    # A file name and a learning rate's words are no part of what is compiled; another batch is.
+    assert plan.compile(load("MODEL_DIR='elsewhere'"), V4, cache=cache) == tiny
+    assert sorted(os.listdir(cache)) == before
+
+
+def test_a_killed_compiler_leaves_the_cache_as_it_was(tmp_path: pathlib.Path) -> None:
+    arguments = ["plan", TINY, "--topology", "v4:2x2x1", "--cache", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "palmjax", *arguments], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".request-*/request")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [p for p in tmp_path.iterdir() if not p.name.startswith(".")] == []
+    # What the kill left lying about is no entry, and the next plan is whole.
+    assert plan.compile(load(), V4, cache=tmp_path).fits
+
+
+@pytest.fixture(scope="module")
+def too_big(cache: str) -> plan.Plan:
+    return plan.compile(load("Decoder.vocab_size=262144"), V5E, rows=256, cache=cache)
+
+
+def test_a_step_that_does_not_fit_says_what_fills_the_memory(too_big: plan.Plan) -> None:
+    assert not too_big.fits and "Ran out of memory" in too_big.problem
+    assert too_big.time is None and too_big.mfu is None
+    compilers_own = re.search(r"\(([\d.]+)G\)", too_big.problem)
+    assert compilers_own is not None
+    assert too_big.usage.total / 2**30 == pytest.approx(float(compilers_own[1]), rel=0.01)
+    sizes = [buffer.bytes for buffer in too_big.usage.largest]
+    assert sizes == sorted(sizes, reverse=True) and all(buffer.op_name for buffer in too_big.usage.largest)
+    # 128 rows of 256 tokens' logits over half the vocabulary, in float32.
+    assert too_big.usage.largest[0].bytes == 128 * 256 * 131072 * 4
+    assert "logits" in too_big.usage.largest[0].op_name or "BTV" in too_big.usage.largest[0].op_name
+
+
+def test_remedies_name_settings_and_the_first_one_works(too_big: plan.Plan, cache: str) -> None:
+    experiment = load("Decoder.vocab_size=262144")
+    assert too_big.hbm_bytes is not None
+    changes = layouts.remedies(experiment, V5E, 256, 256, too_big.usage.total, 0.95 * too_big.hbm_bytes)
+    assert changes and all(re.match(r"(\w+\.)?\w+=", change) for change in changes)
+    bindings = re.split(r", (?=\w+\.)", changes[0])
+    fixed = configure.load([TINY], ["Decoder.vocab_size=262144", *bindings], placeholders=True).experiment
+    assert plan.compile(fixed, V5E, rows=256, cache=cache).fits
+
+
+def test_the_report_and_the_picture(tiny: plan.Plan, too_big: plan.Plan, tmp_path: pathlib.Path) -> None:
+    text = report.text(tiny)
+    for word in ("FITS", "STEP", "MFU", "HFU", "matmul", "exposed along fsdp", "largest buffers", "chip-hours", "libtpu"):
+        assert word in text
+    assert "DOES NOT FIT" in report.text(too_big) and "STEP  no time" in report.text(too_big)
+    for number, one in enumerate((tiny, too_big)):
+        report.picture(one, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(json.dumps(tiny.to_json()))["time"]["step"] == pytest.approx(tiny.time and tiny.time.step)
+
+
+def test_a_search_ranks_compiled_layouts_and_writes_the_winner(cache: str, tmp_path: pathlib.Path) -> None:
+    told = []
+    result = search.search(load(), V4, budget=3, jobs=1, cache=cache, progress=lambda *news: told.append(news))
+    assert len(result.tried) == 4 and result.own is not None and result.legal > 20
+    assert [news[0] for news in told] == [1, 2, 3, 4] and told[0][1] == 4
+    speeds = [tried.speed for tried in result.tried]
+    assert speeds == sorted(speeds, reverse=True)
+    assert result.best is not None and result.best.speed >= result.own.speed
+    text = search.table(result)
+    assert "<- yours" in text and "*" in text
+    path = tmp_path / "best.gin"
+    path.write_text(search.winner(result, [TINY], ["RANDOM_SEED=3"]))
+    best = configure.load([str(path)], placeholders=True).experiment
+    assert best.train.seed == 3
+    assert plan.compile(best, V4, options=result.best.layout.options, cache=cache) == result.best.plan
+    report.pareto(result, tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").exists()
+    # Asked again, nothing is compiled: it is the same search.
+    before = sorted(os.listdir(cache))
+    again = search.search(load(), V4, budget=3, jobs=1, cache=cache)
+    assert [t.plan for t in again.tried] == [t.plan for t in result.tried] and sorted(os.listdir(cache)) == before
+
+
+def test_a_record_holds_until_the_step_changes(
+    tiny: plan.Plan, cache: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "job.gin"
+    command = f"# palmjax plan {path} --topology v4:2x2x1"
+    path.write_text(f'# A job.\n{command}\n{check.figures(tiny)}\ninclude "{TINY}"\n')
+    assert check.check([str(path)], cache, 600) == 0
+    assert "as recorded" in capsys.readouterr().out
+    old = path.read_text()
+    path.write_text(re.sub(r"MFU [\d.]+", "MFU 99.9", old))
+    assert check.check([str(path)], cache, 600) == 1
+    assert "MFU was 99.9" in capsys.readouterr().out
+    assert check.check([str(path)], cache, 600, update=True) == 0
+    assert path.read_text() == old
+    path.write_text(f"{command}\n# no figures\n")
+    with pytest.raises(ConfigError, match=r"job\.gin:2"):
+        check.check([str(path)], cache, 600)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--topology", "v9:2x2"], "known are v4"),
+        (["--topology", "v4:2x2"], "3 dimensions"),
+        (["--topology", "v4"], "how many chips"),
+        (["--topology", "v4:3x5x7"], "knows no topology"),
+        (["--topology", "v4:2x2x2"], "asks for 4 devices; this job has 8"),
+        (["--topology", "v4:2x2x1", "--slices", "2"], "asks for 4 devices"),
+        (["--topology", "v4:2x2x1", "--batch_size", "7"], "not divisible"),
+        (["--topology", "v4:2x2x1", "--batch_size", "0"], "at least 1"),
+        ([], "--topology is missing"),
+        (["--topology", "v4:2x2x1", "--search", "--batch_sizes", "many"], "numbers of rows"),
+        (["--check", "--topology", "v4:2x2x1"], ""),
+    ],
+)
+def test_what_is_asked_wrongly_is_said_in_a_line(arguments: list[str], words: str, cache: str) -> None:
+    if not words:
+        assert main.main([TINY, *arguments, "--cache", cache]) == 0  # no record, nothing to check
+        return
+    with pytest.raises(ConfigError) as error:
+        main.main([TINY, *arguments, "--cache", cache])
+    assert words in str(error.value) and len(str(error.value).splitlines()) <= 2
+
+
+def test_without_the_compiler_the_extra_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real child process that cannot see libtpu: a finder in front of the path hides it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, package=None: None if name == 'libtpu' else find(name, package)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.getcwd()]))
+    with pytest.raises(ConfigError, match=r"pip install 'palmjax\[plan\]'"):
+        plan.compile(load(), V4, cache=tmp_path / "cache")
+
+
+def test_an_aborting_compiler_is_an_error_in_words(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(compiler.CompilerError, match=r"ended \(|Unknown"):
+        plan.compile(load(), V4, options="--xla_no_such_flag_at_all=1", cache=tmp_path)
+    assert [p for p in tmp_path.iterdir() if not p.name.startswith(".")] == []
+
+
+def test_a_cpu_plan_has_memory_and_no_time(cache: str) -> None:
+    found = plan.compile(load(), plan.parse("cpu:4"), cache=cache)
+    assert found.fits and found.usage.parameters > 0 and found.time is None and found.mfu is None
+    assert "not modelled" in report.text(found)
+
+
+def test_an_entry_that_was_half_written_is_never_read(tiny: plan.Plan, cache: str, tmp_path: pathlib.Path) -> None:
+    """The rename is what makes an entry; a folder without its facts is compiled again."""
+    name = next(p.name for p in pathlib.Path(cache).iterdir() if (p / "facts.json").exists())
+    (tmp_path / name).mkdir()
+    shutil.copy(pathlib.Path(cache, name, "step.hlo.zst"), tmp_path / name)
+    assert plan.compile(load(), V4, cache=tmp_path).fits
