@@ -96,7 +96,7 @@ def attend(c: Any, p: dict, h: np.ndarray, positions: np.ndarray, sees: np.ndarr
     out = np.zeros_like(q)
     for head in range(H):
         keys, values = k[:, head * c.num_kv_heads // H], v[:, head * c.num_kv_heads // H]
-        own = p.get("relative")
+        own: dict = p.get("relative", {})
         scores = scale * (q[:, head] + (own["content_bias"][head] if own else 0)) @ keys.T
         if c.soft_cap is not None:
             scores = c.soft_cap * np.tanh(scores / c.soft_cap)

@@ -12,6 +12,7 @@ import pytest
 
 from palmjax import decode
 from palmjax.config import ConfigError
+from palmjax.data.batch import ConcatenateAndCut, PackPairs
 from palmjax.loss import CrossEntropy
 from palmjax.models import parameters as parts
 from palmjax.models.account import account, count
@@ -86,6 +87,22 @@ def test_greedy_tokens_through_the_cache_equal_full_forward_passes(family):
     for row, one in enumerate(found):
         np.testing.assert_array_equal(one.tokens, want[row])
         np.testing.assert_allclose(one.log_probs, log_probs[row], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "t5", "gpt2", "glam"])
+def test_a_prompt_read_as_a_prefix_gives_the_logits_of_the_full_forward_pass(family):
+    config = FAMILIES[family]
+    model, params, batch = config.build(), parameters(config), batch_of(rows=3)
+    lengths = np.array([1, 5, 9], np.int32)
+    prefix = (np.arange(20) < lengths[:, None]).astype(np.int32)
+    full = logits_of(config, params, dataclasses.replace(batch, prefix=prefix))
+    prefill, extend = jax.jit(model.prefill, static_argnames="as_prefix"), jax.jit(model.extend)
+    logits, cache = prefill(params, batch.tokens[:, :9], lengths, model.init_cache(3, 20), as_prefix=True)
+    np.testing.assert_allclose(logits, full[np.arange(3), lengths - 1], rtol=1e-4, atol=1e-4)
+    for step in range(3):
+        at = lengths + step
+        logits, cache = extend(params, batch.tokens[np.arange(3), at], cache)
+        np.testing.assert_allclose(logits, full[np.arange(3), at], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,6 +204,17 @@ def test_rows_longer_than_the_positions_are_refused():
     ).build()
     with pytest.raises(ConfigError, match=r"18 tokens.*16 positions"):
         decode.generate(model, None, [[5] * 8], 9)
+
+
+def test_an_encoder_is_refused_where_the_next_token_is_predicted():
+    model = BERT.build()
+    with pytest.raises(ConfigError, match="encoder"):
+        decode.generate(model, None, [[5]], 4)
+    with pytest.raises(ConfigError, match=r"causal = False with ConcatenateAndCut.*PackPairs"):
+        model.check_rows(16, ConcatenateAndCut())
+    model.check_rows(16, PackPairs())
+    with pytest.raises(ConfigError, match=r"rows of 129 tokens.*128 positions"):
+        model.check_rows(129, PackPairs())
 
 
 @pytest.mark.parametrize(
