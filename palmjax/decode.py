@@ -54,6 +54,7 @@ def generate(
     seed: int = 0,
     requests: Sequence[int] | None = None,
     stop: int | None = 1,
+    as_prefix: bool = False,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> list[Continuation]:
@@ -63,7 +64,8 @@ def generate(
     positions go on beyond the length of training. sampling: Greedy() by default.
     seed, requests: row i draws from the key of (seed, requests[i], position); requests are 0, 1, ... by default. So the
     continuation of a prompt with its first tokens of continuation is the rest of the same continuation.
-    stop: the id that ends a row (EOS), or None. mesh, rules: where `params` lie; None for one device. All processes of
+    stop: the id that ends a row (EOS), or None. as_prefix: prompts are read as the inputs of a prefix language model,
+    each of whose tokens sees all of them. mesh, rules: where `params` lie; None for one device. All processes of
     a job call it together with equal arguments.
 
     Rows, prompt length and new tokens are each rounded up to a power of two, so that few programs are compiled.
@@ -93,6 +95,7 @@ def generate(
             sampling=sampling,
             rules=rules,
             new_length=_bucket(max_new_tokens),
+            as_prefix=as_prefix,
         )
     out, log_probs, count = jax.device_get(result)
     return [_cut(out[row, :count], log_probs[row, :count], stop) for row in range(len(prompts))]
@@ -110,7 +113,7 @@ class _State:
     count: jax.Array  # int32 []
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "rules", "new_length"))
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "rules", "new_length", "as_prefix"))
 def _decode(
     params: Any,
     prompts: jax.Array,
@@ -125,6 +128,7 @@ def _decode(
     sampling: SamplingPart,
     rules: ShardingRules,
     new_length: int,
+    as_prefix: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens and log-probabilities [B, new_length], and how many columns are filled. prompts: int32 [B, T], BOS first.
 
@@ -150,7 +154,7 @@ def _decode(
         return record(*model.extend(params, last, state.cache), state)
 
     # The prompt is read against a cache of its own length, and only then given room for what follows.
-    logits, cache = model.prefill(params, prompts, lengths, model.init_cache(rows, length))
+    logits, cache = model.prefill(params, prompts, lengths, model.init_cache(rows, length), as_prefix=as_prefix)
     empty = functools.partial(
         jnp.zeros, (rows, new_length), out_sharding=sharding.out_spec(("batch", None), (rows, new_length))
     )
@@ -210,6 +214,15 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if not 0 <= seed < 1 << 32:  # jax.random.key would drop the higher bits
         raise ConfigError(f"seed = {seed}: must be from 0 to {(1 << 32) - 1}")
+    if not model.config.attention.causal:
+        raise ConfigError("Attention.causal = False: an encoder has no next token to continue a prompt with")
+    longest, most = 1 + max(map(len, prompts)) + max_new_tokens, model.config.max_length
+    # The last new token is never read.
+    if most is not None and longest - 1 > most:
+        raise ConfigError(
+            f"a prompt and {max_new_tokens} new tokens make a row of {longest:,} tokens; the model has learned "
+            f"{most:,} positions (LearnedPositions.length): ask for fewer, or cut the prompt"
+        )
     vocab_size = model.config.vocab_size
     for row, prompt in enumerate(prompts):
         for token in prompt:
@@ -340,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sampling=sampling,
             seed=options.seed,
             stop=info.vocabulary.eos_id,
+            as_prefix="prefix" in experiment.train_dataset.packing.batch_fields,
             mesh=opened.mesh,
             rules=experiment.sharding,
         )
