@@ -210,6 +210,13 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if not 0 <= seed < 1 << 32:  # jax.random.key would drop the higher bits
         raise ConfigError(f"seed = {seed}: must be from 0 to {(1 << 32) - 1}")
+    longest, most = 1 + max(map(len, prompts)) + max_new_tokens, model.config.max_length
+    # The last new token is never read.
+    if most is not None and longest - 1 > most:
+        raise ConfigError(
+            f"a prompt and {max_new_tokens} new tokens make a row of {longest:,} tokens; the model has learned "
+            f"{most:,} positions (LearnedPositions.length): ask for fewer, or cut the prompt"
+        )
     vocab_size = model.config.vocab_size
     for row, prompt in enumerate(prompts):
         for token in prompt:
