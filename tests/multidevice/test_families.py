@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,11 +33,15 @@ def place(params, config, placed, rules):
     return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
 
-def run(config, params, batch, layout=None, rules=None):
-    """Sums and gradients as numpy."""
-    loss, rules = CrossEntropy().build(config.build()), rules or ShardingRules()
-    if layout is None:
-        return jax.tree.map(np.asarray, jax.jit(lambda p, b: accumulate(loss, p, b, None, 1))(params, batch))
+def on_one_device(config, params, batch):
+    """Gradients and sums as numpy."""
+    loss = CrossEntropy().build(config.build())
+    return jax.tree.map(np.asarray, jax.jit(lambda p, b: accumulate(loss, p, b, None, 1))(params, batch))
+
+
+def run(config, params, batch, layout, rules) -> tuple[Any, str]:
+    """Gradients and sums as numpy, and the compiled program's text."""
+    loss = CrossEntropy().build(config.build())
     placed = mesh.build(layout)
     put = functools.partial(_put, placed, rules)
     with sharding.activate(placed, rules):
@@ -45,7 +50,7 @@ def run(config, params, batch, layout=None, rules=None):
         )
         compiled = lowered.compile()
         out = compiled(place(params, config, placed, rules), jax.tree.map(put, batch))
-    return jax.tree.map(np.asarray, out), compiled.as_text()
+    return jax.tree.map(np.asarray, out), str(compiled.as_text())
 
 
 def _put(placed, rules, x):
@@ -67,14 +72,14 @@ def test_a_family_on_a_mesh_equals_one_device(family):
     params, batch = parameters(config), random_batch(rows=8, length=16)
     prefix = None if family == "bert" else (np.arange(16) < 5).astype(np.int32)[None].repeat(8, 0)
     batch = dataclasses.replace(batch, prefix=prefix)
-    want = run(config, params, batch)
-    got, _ = run(config, params, batch, MeshConfig(data=2, fsdp=2, tensor=2))
+    want = on_one_device(config, params, batch)
+    got, _ = run(config, params, batch, MeshConfig(data=2, fsdp=2, tensor=2), ShardingRules())
     assert_same(got, want)
 
 
 @functools.cache
 def single():
-    return run(MOE, parameters(MOE), random_batch(rows=8, length=16))
+    return on_one_device(MOE, parameters(MOE), random_batch(rows=8, length=16))
 
 
 @pytest.mark.parametrize(
