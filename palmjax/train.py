@@ -326,6 +326,7 @@ def _sample(experiment: Experiment, prog: Program, state: TrainState, vocabulary
         experiment.train.sample_tokens,
         sampling=Temperature(temperature=0.7),
         seed=experiment.train.seed,
+        bos=vocabulary.bos_id,
         stop=vocabulary.eos_id,
         mesh=prog.mesh,
         rules=prog.rules,

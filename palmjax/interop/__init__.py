@@ -1,1 +1,1 @@
-"""Weights, tokenizers and training loops of other stacks. Leaves of the house: may import anything, nobody does them."""
+"""Weights, tokenizers and training loops of other stacks. Leaves: they may import anything, and nobody imports them."""

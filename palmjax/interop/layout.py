@@ -2,9 +2,9 @@
 
     "(h 3 n) d -> d h n"
 
-The left side is the foreign array, a group in brackets being one of its dimensions; the right side is palmjax's. An axis
-that is only on the left has one of its indices, or a range, taken (`take`). Nothing is ever copied whole: a `View` reads
-and writes blocks, so that a tensor larger than memory can pass through.
+The left side is the foreign array, a group in brackets being one of its dimensions; the right side is palmjax's. Of an
+axis a range may be taken (`take`); one that is only on the left has one of its indices taken. Nothing is ever copied
+whole: a `View` reads and writes blocks, so that a tensor larger than memory can pass through.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def _parse(pattern: str) -> tuple[Groups, Groups]:
     return side(left), side(right)
 
 
-def sizes_of(pattern: str, shape: tuple[int, ...], known: Mapping[str, int], take: Mapping[str, Take]) -> dict[str, int]:
+def sizes_of(
+    pattern: str, shape: tuple[int, ...], known: Mapping[str, int], take: Mapping[str, Take]
+) -> dict[str, int]:
     """Size of every axis of `pattern`, whose right side has `shape`. `known`: of axes that the shape does not give."""
     left, right = _parse(pattern)
     sizes = {axis: int(axis) for group in left for axis in group if axis.isdigit()}

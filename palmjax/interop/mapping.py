@@ -87,7 +87,9 @@ def plan(
         layers = shapes[next(path for path in paths if path in shapes)][0] if stacked else 1
         for layer in range(layers):
             index = (layer,) if stacked else ()
-            parts = [_part(piece, path, index, shapes, sizes, family) for piece, path in zip(one.pieces, paths, strict=True)]
+            parts = [
+                _part(piece, path, index, shapes, sizes, family) for piece, path in zip(one.pieces, paths, strict=True)
+            ]
             shape = layout.foreign_shape(parts[0].pattern, parts[0].sizes)
             for part in parts:
                 covered[part.parameter] += math.prod(shapes[part.parameter][len(index) :])

@@ -63,9 +63,13 @@ class Reader:
         if self._ocdbt:
             kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": path}, "path": f"{name}/"}
         try:
-            return ts.open({"driver": self._driver, "kvstore": kvstore}, open=True, read=True, context=_CONTEXT).result()
+            return ts.open(
+                {"driver": self._driver, "kvstore": kvstore}, open=True, read=True, context=_CONTEXT
+            ).result()
         except ValueError as error:
-            raise ConfigError(f"{self._state}: array {name} can't be read: {str(error).splitlines()[0][:200]}") from error
+            raise ConfigError(
+                f"{self._state}: array {name} can't be read: {str(error).splitlines()[0][:200]}"
+            ) from error
 
 
 class Writer:

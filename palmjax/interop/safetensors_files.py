@@ -1,8 +1,8 @@
 """Safetensors files as memory maps, read and written tensor by tensor. Imports config and numpy only.
 
-The format (huggingface/safetensors): eight bytes with the length of a JSON header, `{name: {dtype, shape, data_offsets}}`,
-then the tensors. The `safetensors` package writes only whole dictionaries of tensors that are in memory, and its
-numpy side knows no bfloat16 before some versions; conversion needs neither the package nor the memory.
+The format (huggingface/safetensors): eight bytes with the length of a JSON header, then the header, `{name: {dtype,
+shape, data_offsets}}`, then the tensors. The `safetensors` package writes only whole dictionaries of tensors in memory,
+which a conversion must not need.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def _entry(path: Path, entry: Mapping[str, Any], data: int) -> Tensor:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def create(folder: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int) -> dict[str, Tensor]:
+def create(
+    folder: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int
+) -> dict[str, Tensor]:
     """Files for (name, dtype, shape) in order, of at most `max_shard_bytes` or one tensor each, and the index.
 
     The space is taken now, so that a full disk is found here and not under a memory map. Files that are there already

@@ -66,6 +66,14 @@ def _write(model: Decoder) -> dict[str, Any]:
     }
 
 
+def _renamed(model: Decoder) -> dict[str, str]:
+    """What the norms are called: with two norms in a parallel block, `ln_attn` and `ln_mlp`."""
+    block: Any = model.block
+    if isinstance(block, ParallelBlock) and block.mlp_norm is not None:
+        return {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
+    return {}
+
+
 # Each key/value head's queries, its key and its value side by side: e = queries a key/value head + 2. Multi-query is
 # one such group, multi-head as many as there are heads.
 _QKV: tuple[tuple[str, str, str, tuple[int, int]], ...] = (
@@ -114,12 +122,5 @@ FALCON = Family(
     ),
     read=_read,
     write=_write,
+    renamed=_renamed,
 )
-
-
-def names(model: Decoder) -> dict[str, str]:
-    """What the norms are called: with two norms in a parallel block, `ln_attn` and `ln_mlp`."""
-    block: Any = model.block
-    if isinstance(block, ParallelBlock) and block.mlp_norm is not None:
-        return {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
-    return {}

@@ -1,8 +1,7 @@
 """What a family of Hugging Face models is to palmjax: a name map and two functions between configurations.
 
-A family module says `FAMILY = Family(...)`; `families.py` lists them. `read` gives the palmjax model of a `config.json`,
-`write` the `config.json` of a palmjax model; a model belongs to a family exactly if reading what was written gives it
-back.
+`read` gives the palmjax model of a `config.json`, `write` the `config.json` of a palmjax model; a model belongs to a
+family exactly if reading what was written gives it back. `families.py` lists them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from palmjax.config import ConfigError
-from palmjax.interop.mapping import Rule
+from palmjax.interop.mapping import Rule, Tensor, leaves, plan
 from palmjax.models.attention import Attention
 from palmjax.models.decoder import Decoder
 from palmjax.models.embeddings import HeadPart, TiedHead, UntiedHead
@@ -29,7 +28,8 @@ class Family:
     architecture: the class in transformers. base: prefix of the tensors' names, which files without a head leave out.
     defaults: of keys that a config.json may leave out, as transformers' own class has them. aliases: other names of
     keys. only: keys that change the model in ways palmjax does not have, with the values that do not. ignored: patterns
-    of tensors that are no parameters (masks and frequencies that old versions stored), or copies of others.
+    of tensors that are no parameters (masks and frequencies that old versions stored). renamed: parts of the rules'
+    names that a variant calls otherwise.
     """
 
     model_type: str
@@ -42,6 +42,20 @@ class Family:
     write: Callable[[Decoder], dict[str, Any]]
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    renamed: Callable[[Decoder], Mapping[str, str]] = lambda model: {}
+
+    def plan(self, model: Decoder) -> dict[str, Tensor]:
+        """The tensors of a model by transformers' names. Raises ConfigError for a parameter that has none."""
+        shapes = parameter_shapes(model)
+        renamed, rules = self.renamed(model), []
+        for one in self.rules:
+            name = one.tensor
+            for old, new in renamed.items():
+                name = name.replace(old, new)
+            rules.append(Rule(name, one.pieces))
+        attention = model.attention
+        groups = attention.num_heads // attention.num_kv_heads
+        return plan(rules, shapes, {"k": attention.num_kv_heads, "e": groups + 2}, self.architecture)
 
     def complete(self, config: Config, where: str) -> dict[str, Any]:
         """`config` with defaults and usual names. Raises ConfigError for what palmjax does not have."""
@@ -50,7 +64,9 @@ class Family:
         for key, accepted in self.only.items():
             if key in whole and whole[key] not in accepted:
                 known = " or ".join(repr(value) for value in accepted)
-                raise ConfigError(f"{where}: {key} = {whole[key]!r} is not supported for {self.model_type}; only {known}")
+                raise ConfigError(
+                    f"{where}: {key} = {whole[key]!r} is not supported for {self.model_type}; only {known}"
+                )
         whole["rope"] = _rope(whole, where)
         return whole
 
@@ -89,6 +105,17 @@ def architecture(model: Decoder) -> Decoder:
         scale = None if attention.scale == attention.head_dim**-0.5 else attention.scale
         block = dataclasses.replace(block, attention=dataclasses.replace(attention, impl="auto", scale=scale))
     return dataclasses.replace(model, block=block, **same)
+
+
+def parameter_shapes(model: Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shape of every parameter by path, without the padding of the vocabulary, which no other stack has."""
+    built = model.build()
+    axes = leaves(built.axes)
+    real = {"vocab": model.vocab_size}
+    return {
+        path: tuple(real.get(name, size) for name, size in zip(axes[path], leaf.shape, strict=True))
+        for path, leaf in leaves(built.abstract_params()).items()
+    }
 
 
 # --- what the families' configurations have in common --------------------------------------------------------------

@@ -275,4 +275,3 @@ GPT_NEOX = Family(
     write=_write_gpt_neox,
     ignored=(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",),
 )
-
