@@ -37,7 +37,7 @@ class Converted:
     def commit(self, info: provenance.RunInfo) -> None:
         """Writes what is beside the arrays and gives the checkpoint its name."""
         folder = self.staging.folder
-        self.writer.finish({name: shape for name, (_, shape) in self.arrays.items()})
+        self.writer.finish(self.arrays)
         (folder / "info").mkdir(exist_ok=True)
         (folder / "info" / "metadata").write_text(json.dumps(info.to_json()))
         now = time.time_ns()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +102,17 @@ class Writer:
             self._arrays[name] = ts.open(spec, open=True, create=True, context=_CONTEXT).result()
         return self._arrays[name]
 
-    def finish(self, shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> None:
-        """Writes what tells Orbax of the tree: every array's name and shape."""
+    def finish(self, names: Iterable[tuple[str, ...]]) -> None:
+        """Writes what tells Orbax of the tree: every array's name.
+
+        The arrays are called numpy's: nothing laid them out on devices, and Orbax restores them without being told how.
+        """
         tree = {
             str(name): {
                 "key_metadata": [{"key": part, "key_type": 2} for part in name],
-                "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)},
+                "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
             }
-            for name, shape in shapes.items()
+            for name in names
         }
         metadata = {
             "tree_metadata": tree,

@@ -18,7 +18,7 @@ from palmjax.interop.mapping import Part, Path, Tensor
 from palmjax.interop.orbax_arrays import CHUNK_BYTES, Reader, Writer, read_chunks
 from palmjax.interop.staging import Staging
 
-IN_FLIGHT_BYTES = 64 << 20
+IN_FLIGHT_BYTES = 32 << 20
 
 Count = Callable[[int], None]
 """Told of bytes that were moved."""

@@ -19,45 +19,46 @@ VOCAB = 97
 SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPT: dict[str, Any] = {"vocab_size": VOCAB, "n_positions": 128, "n_embd": 32, "n_layer": 2}
 OPT: dict[str, Any] = SMALL | {"ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32}
+NEOX = SMALL | {"intermediate_size": 48}
 LLAMA: dict[str, Any] = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
 
-CONFIGS: dict[str, Any] = {
-    "gpt2": lambda: transformers.GPT2Config(**GPT, n_head=4, n_inner=40),
-    "gpt2 untied": lambda: transformers.GPT2Config(**GPT, n_head=2, tie_word_embeddings=False),
-    "opt": lambda: transformers.OPTConfig(**OPT),
-    "opt 350m: post-norm, narrow embeddings": lambda: transformers.OPTConfig(
-        **OPT | {"word_embed_proj_dim": 16}, do_layer_norm_before=False
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", GPT | {"n_head": 4, "n_inner": 40}),
+    "gpt2 untied": ("gpt2", GPT | {"n_head": 2, "tie_word_embeddings": False}),
+    "opt": ("opt", OPT),
+    "opt 350m: post-norm, narrow embeddings": ("opt", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "bloom, six heads": ("bloom", {"vocab_size": VOCAB, "hidden_size": 48, "n_layer": 3, "n_head": 6}),
+    "falcon 7b: multi-query, one norm": ("falcon", SMALL),
+    "falcon 40b: grouped queries, two norms": (
+        "falcon",
+        SMALL | {"num_kv_heads": 2, "new_decoder_architecture": True, "tie_word_embeddings": False},
     ),
-    "bloom": lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
-    "bloom, six heads": lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=48, n_layer=3, n_head=6),
-    "falcon 7b: multi-query, one norm": lambda: transformers.FalconConfig(**SMALL),
-    "falcon 40b: grouped queries, two norms": lambda: transformers.FalconConfig(
-        **SMALL, num_kv_heads=2, new_decoder_architecture=True, tie_word_embeddings=False
+    "falcon, serial, multi-head, biases": (
+        "falcon",
+        SMALL | {"multi_query": False, "parallel_attn": False, "bias": True},
     ),
-    "falcon, serial, multi-head, biases": lambda: transformers.FalconConfig(
-        **SMALL, multi_query=False, parallel_attn=False, bias=True
+    "gptj: interleaved rotation of a part": ("gptj", GPT | {"n_head": 2, "rotary_dim": 8}),
+    "gpt_neox: rotation of a part, two norms": ("gpt_neox", NEOX | {"num_attention_heads": 2}),
+    "gpt_neox, serial, tied": ("gpt_neox", NEOX | {"use_parallel_residual": False, "tie_word_embeddings": True}),
+    "llama": ("llama", LLAMA | {"num_key_value_heads": 4}),
+    "llama 2: grouped queries": ("llama", LLAMA | {"rms_norm_eps": 1e-5}),
+    "llama, tied, biases, wide heads, other base": (
+        "llama",
+        LLAMA
+        | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 12}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
-    "gptj: interleaved rotation of a part": lambda: transformers.GPTJConfig(**GPT, n_head=2, rotary_dim=8),
-    "gpt_neox: rotation of a part, two norms": lambda: transformers.GPTNeoXConfig(
-        **SMALL | {"num_attention_heads": 2}, intermediate_size=48, rotary_pct=0.25
-    ),
-    "gpt_neox, serial, tied": lambda: transformers.GPTNeoXConfig(
-        **SMALL, intermediate_size=48, use_parallel_residual=False, tie_word_embeddings=True
-    ),
-    "llama": lambda: transformers.LlamaConfig(**LLAMA | {"num_key_value_heads": 4}),
-    "llama 2: grouped queries": lambda: transformers.LlamaConfig(**LLAMA, rms_norm_eps=1e-5),
-    "llama, tied, biases, wide heads, other base": lambda: transformers.LlamaConfig(
-        **LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=12, rope_theta=500.0
-    ),
-    "mistral: window of 8": lambda: transformers.MistralConfig(**LLAMA, sliding_window=8),
+    "mistral: window of 8": ("mistral", LLAMA | {"sliding_window": 8}),
 }
+"""Name of a case -> (model_type, what its configuration sets)."""
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A random model: every parameter, norms and biases too, far enough from where initialisation leaves it."""
-    config = CONFIGS[name]()
-    config._attn_implementation = "eager"
-    model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model_type, settings = CONFIGS[name]
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,15 +72,19 @@ def load(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-def restored(folder: Path, *bindings: str) -> tuple[LanguageModel, Any]:
-    """The palmjax model of a converted folder and its parameters, by the path that `generate` takes."""
+def opened(folder: Path, *bindings: str) -> trained.Trained:
+    """A converted folder as `generate` opens it."""
     path = model_dir.resolve(folder)
     info = checkpoint.read_info(path)
     with trained.config_file(path, info) as file:
         experiment = configure.load([file], bindings).experiment
-    opened = trained.open_checkpoint(path, info, experiment)
-    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), opened.params())
-    return opened.model, params
+    return trained.open_checkpoint(path, info, experiment)
+
+
+def restored(folder: Path) -> tuple[LanguageModel, Any]:
+    """The palmjax model of a converted folder, and its parameters on one device."""
+    found = opened(folder)
+    return found.model, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), found.params())
 
 
 def ragged(lengths: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
