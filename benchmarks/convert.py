@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from palmjax.interop import convert, safetensors_files
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write 4 GB (a temporary folder)")
     parser.add_argument("--times", type=int, default=3)
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         place = Path(name)
         size = make(place / "source", options.layers)

@@ -44,8 +44,8 @@ def model_bindings(model: Decoder) -> str:
     return "\n".join(text) + "\n"
 
 
-def finetuning(model: Decoder, *, origin: str, folder: str, vocabulary: str | None, length: int, step: int) -> str:
-    """A run file of the converted model: training on text files of the user's from its parameters.
+def finetuning(*, origin: str, folder: str, vocabulary: str | None, length: int, step: int) -> str:
+    """A run file without its model: training on text files of the user's from a converted checkpoint's parameters.
 
     origin: what was converted. folder: where the checkpoint is. vocabulary: path of a SentencePiece model or a
     tokenizer.json. length: tokens a row. step: of the checkpoint, from which TRAIN_STEPS counts on.
@@ -67,4 +67,4 @@ BATCH_SIZE = 32
 LEARNING_RATE = 1e-5
 WARMUP_STEPS = 100
 
-{model_bindings(model)}"""
+"""

@@ -111,9 +111,10 @@ def parameter_shapes(model: Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shape of every parameter by path, without the padding of the vocabulary, which no other stack has."""
     built = model.build()
     axes = leaves(built.axes)
-    real = {"vocab": model.vocab_size}
     return {
-        path: tuple(real.get(name, size) for name, size in zip(axes[path], leaf.shape, strict=True))
+        path: tuple(
+            model.vocab_size if name == "vocab" else size for name, size in zip(axes[path], leaf.shape, strict=True)
+        )
         for path, leaf in leaves(built.abstract_params()).items()
     }
 

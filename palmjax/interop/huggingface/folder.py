@@ -126,10 +126,25 @@ def vocabulary(path: Path, config: Mapping[str, Any]) -> tuple[Vocabulary, Path 
     if (path / "tokenizer.json").exists():
         content = (path / "tokenizer.json").read_bytes()
         found = HuggingFace.of(
-            content, eos=eos, eos_token=_token(settings.get("eos_token")), bos=_token(settings.get("bos_token"))
+            content, eos=eos, eos_token=_token(settings.get("eos_token")), bos_token=_token(settings.get("bos_token"))
         )
         return found, path / "tokenizer.json"
     return PassThrough(num_ids=ids, eos=1 if eos is None else eos), None
+
+
+def vocabulary_of(file: Path) -> Vocabulary:
+    """The vocabulary of a SentencePiece model or a tokenizer.json. Raises ConfigError if it is neither."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} can't be read: {error.strerror}") from error
+    if file.suffix == ".json":
+        beside = file.with_name("tokenizer_config.json")
+        settings = _json(beside) if beside.exists() else {}
+        return HuggingFace.of(
+            content, eos=None, eos_token=_token(settings.get("eos_token")), bos_token=_token(settings.get("bos_token"))
+        )
+    return SentencePiece(content)
 
 
 def _first(value: Any) -> int | None:

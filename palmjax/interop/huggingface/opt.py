@@ -49,18 +49,18 @@ def _read(c: Config) -> Decoder:
 
 def _write(model: Decoder) -> dict[str, Any]:
     block: Any = model.block
-    before = isinstance(block, SerialBlock)
+    attention, mlp, before = block.attention, block.mlp, isinstance(block, SerialBlock)
     return {
         "hidden_size": model.d_model,
         "num_hidden_layers": model.num_layers,
-        "num_attention_heads": block.attention.num_heads,
-        "ffn_dim": block.mlp.d_ff,
+        "num_attention_heads": attention.num_heads,
+        "ffn_dim": mlp.d_ff,
         "max_position_embeddings": model.max_length,
         "word_embed_proj_dim": model.embedding.width or model.d_model,
         "do_layer_norm_before": before,
         "_remove_final_layer_norm": before and model.final_norm is None,
-        "enable_bias": block.attention.qkv_bias,
-        "activation_function": "relu" if block.mlp.activation == ReLU() else "gelu",
+        "enable_bias": attention.qkv_bias,
+        "activation_function": "relu" if mlp.activation == ReLU() else "gelu",
     }
 
 
