@@ -53,6 +53,7 @@ def generate(
     sampling: SamplingPart | None = None,
     seed: int = 0,
     requests: Sequence[int] | None = None,
+    bos: int | None = 0,
     stop: int | None = 1,
     as_prefix: bool = False,
     mesh: Mesh | None = None,
@@ -60,8 +61,8 @@ def generate(
 ) -> list[Continuation]:
     """Continues each prompt by at most `max_new_tokens` tokens, all prompts in one batch.
 
-    prompts: token ids without BOS, which is put before each; an empty prompt is BOS alone. None is ever cut: rotary
-    positions go on beyond the length of training. sampling: Greedy() by default.
+    prompts: token ids without BOS, never cut. bos: the id put before each, so that an empty prompt is BOS alone; None
+    for none, as other stacks prompt some models. sampling: Greedy() by default.
     seed, requests: row i draws from the key of (seed, requests[i], position); requests are 0, 1, ... by default. So the
     continuation of a prompt with its first tokens of continuation is the rest of the same continuation.
     stop: the id that ends a row (EOS), or None. as_prefix: prompts are read as the inputs of a prefix language model,
@@ -69,17 +70,18 @@ def generate(
     a job call it together with equal arguments.
 
     Rows, prompt length and new tokens are each rounded up to a power of two, so that few programs are compiled.
-    Raises ConfigError for no prompts, ids outside the vocabulary, a `max_new_tokens` below one, or a seed that is
-    negative or longer than 32 bits.
+    Raises ConfigError for no prompts, ids outside the vocabulary, a row longer than the positions that the model has,
+    a `max_new_tokens` below one, or a seed that is negative or longer than 32 bits.
     """
+    prompts = [[*([] if bos is None else [bos]), *prompt] for prompt in prompts]
     _check(model, prompts, max_new_tokens, seed)
     sampling, rules = sampling or Greedy(), rules or ShardingRules()
     rows = _padded_rows(len(prompts), mesh, rules)
-    tokens = np.zeros((rows, _bucket(max(map(len, prompts)) + 1)), np.int32)
+    tokens = np.zeros((rows, _bucket(max(map(len, prompts)))), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, 1 : len(prompt) + 1] = prompt  # behind BOS, which is 0
+        tokens[row, : len(prompt)] = prompt
     lengths, ids = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-    lengths[: len(prompts)] = [len(prompt) + 1 for prompt in prompts]
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     ids[: len(prompts)] = np.arange(len(prompts)) if requests is None else requests
     # Rows that only fill the batch up are done before they begin.
     done = np.arange(rows) >= len(prompts)
@@ -228,6 +230,13 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
         for token in prompt:
             if not 0 <= token < vocab_size:
                 raise ConfigError(f"prompt {row} has token {token}; the model's ids are 0 to {vocab_size - 1}")
+        if not prompt:
+            raise ConfigError(f"prompt {row} is empty, and no BOS is put before it")
+        if (longest := model.config.max_length) is not None and len(prompt) + max_new_tokens > longest:
+            raise ConfigError(
+                f"prompt {row} has {len(prompt)} tokens; with max_new_tokens = {max_new_tokens} it passes the "
+                f"{longest} positions that the model has"
+            )
 
 
 def _bucket(size: int) -> int:
@@ -339,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = model_dir.resolve(options.checkpoint)
         info = checkpoint.read_info(path)
         prompts = [_encode(info.vocabulary, text) for text in texts]
+        bos = info.vocabulary.prompt_bos if all(prompts) else info.vocabulary.bos_id
         with trained.config_file(path, info) as file:
             experiment = configure.load([file, *flags.files], flags.bindings, flags.search_paths).experiment
         trained.enable_compilation_cache(experiment.train.compilation_cache)
@@ -352,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.max_new_tokens,
             sampling=sampling,
             seed=options.seed,
+            bos=bos,
             stop=info.vocabulary.eos_id,
             as_prefix="prefix" in experiment.train_dataset.packing.batch_fields,
             mesh=opened.mesh,

@@ -327,6 +327,7 @@ def _sample(experiment: Experiment, prog: Program, state: TrainState, vocabulary
         experiment.train.sample_tokens,
         sampling=Temperature(temperature=0.7),
         seed=experiment.train.seed,
+        bos=vocabulary.bos_id,
         stop=vocabulary.eos_id,
         as_prefix="prefix" in prog.packing.batch_fields,
         mesh=prog.mesh,
