@@ -53,7 +53,10 @@ def refusals(impl: str, case: Case, chip: str | None) -> list[str]:
 
 
 def run(impl: str, q: jax.Array, k: jax.Array, v: jax.Array, *, case: Case, **kwargs: Any) -> jax.Array:
-    """`attention` by the named implementation, which `refusals` has let pass. No log-sum-exp."""
+    """`attention` by the named implementation, which `refusals` has let pass. No log-sum-exp.
+
+    kwargs: scale, soft_cap and segments as in `attention`; block: of jax's TPU kernels, BLOCK by default.
+    """
     functions = {"cudnn": _cudnn, "jax_flash": _flash, "jax_splash": _splash, "tokamax": _tokamax}
     return functions[impl](q, k, v, case=case, **kwargs)
 
@@ -66,11 +69,13 @@ def _cudnn(q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, s
     )
 
 
-def _flash(q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, segments: Any) -> jax.Array:
+def _flash(
+    q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, segments: Any, block: int = BLOCK
+) -> jax.Array:
     del soft_cap
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    block = next(size for size in (BLOCK, 256, LANES) if case.length % size == 0)
+    block = next(size for size in (block, 256, LANES) if case.length % size == 0)
     names = (
         "block_q block_k_major block_k block_q_major_dkv block_k_major_dkv block_k_dkv block_q_dkv "
         "block_k_major_dq block_k_dq block_q_dq"
@@ -83,12 +88,14 @@ def _flash(q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, s
     return jnp.swapaxes(out, 1, 2)
 
 
-def _splash(q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, segments: Any) -> jax.Array:
+def _splash(
+    q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, segments: Any, block: int = BLOCK
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, heads = case.length, case.heads // case.kv_heads
-    block = next(size for size in (BLOCK, 256, LANES) if T % size == 0)
+    block = next(size for size in (block, 256, LANES) if T % size == 0)
     names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute block_q_dq block_kv_dq"
     if case.mask.window is not None:
         seen: Any = masks.LocalMask((T, T), (case.mask.window - 1, 0), 0)
