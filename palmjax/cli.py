@@ -20,6 +20,7 @@ VERBS = {
         "compile the train step for any pod: does it fit, how fast is it, which layout is best",
     ),
     "models": ("palmjax.zoo", "every shipped model: parameters, FLOPs and cache beside the published figures"),
+    "convert": ("palmjax.interop.convert", "weights of Hugging Face and T5X to a checkpoint, and back"),
     "config": ("palmjax.configure", "print a configuration as it will run, and where each value was set"),
     "tokenizer": ("palmjax.tokenizer", "train a SentencePiece vocabulary"),
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 _T = TypeVar("_T")
 
@@ -78,7 +78,14 @@ class LossPart(Part):
 
 
 class PackingPart(Part):
-    """How a token stream becomes rows of fixed length (`palmjax.data.batch`)."""
+    """How a token stream becomes rows of fixed length (`palmjax.data.batch`).
+
+    batch_fields: of `Batch`, those that its batches have beyond the ones that all have. shifted: whether what is read
+    is the targets shifted by one, so that only causal attention may be trained on it.
+    """
+
+    shifted: ClassVar[bool] = True
+    batch_fields: ClassVar[tuple[str, ...]] = ()
 
 
 class BatchSizePart(Part):

@@ -53,31 +53,35 @@ def generate(
     sampling: SamplingPart | None = None,
     seed: int = 0,
     requests: Sequence[int] | None = None,
+    bos: int | None = 0,
     stop: int | None = 1,
+    as_prefix: bool = False,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> list[Continuation]:
     """Continues each prompt by at most `max_new_tokens` tokens, all prompts in one batch.
 
-    prompts: token ids without BOS, which is put before each; an empty prompt is BOS alone. None is ever cut: rotary
-    positions go on beyond the length of training. sampling: Greedy() by default.
+    prompts: token ids without BOS, never cut. bos: the id put before each, so that an empty prompt is BOS alone; None
+    for none, as other stacks prompt some models. sampling: Greedy() by default.
     seed, requests: row i draws from the key of (seed, requests[i], position); requests are 0, 1, ... by default. So the
     continuation of a prompt with its first tokens of continuation is the rest of the same continuation.
-    stop: the id that ends a row (EOS), or None. mesh, rules: where `params` lie; None for one device. All processes of
+    stop: the id that ends a row (EOS), or None. as_prefix: prompts are read as the inputs of a prefix language model,
+    each of whose tokens sees all of them. mesh, rules: where `params` lie; None for one device. All processes of
     a job call it together with equal arguments.
 
     Rows, prompt length and new tokens are each rounded up to a power of two, so that few programs are compiled.
-    Raises ConfigError for no prompts, ids outside the vocabulary, a `max_new_tokens` below one, or a seed that is
-    negative or longer than 32 bits.
+    Raises ConfigError for no prompts, ids outside the vocabulary, a row longer than the positions that the model has,
+    a `max_new_tokens` below one, or a seed that is negative or longer than 32 bits.
     """
+    prompts = [[*([] if bos is None else [bos]), *prompt] for prompt in prompts]
     _check(model, prompts, max_new_tokens, seed)
     sampling, rules = sampling or Greedy(), rules or ShardingRules()
     rows = _padded_rows(len(prompts), mesh, rules)
-    tokens = np.zeros((rows, _bucket(max(map(len, prompts)) + 1)), np.int32)
+    tokens = np.zeros((rows, _bucket(max(map(len, prompts)))), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, 1 : len(prompt) + 1] = prompt  # behind BOS, which is 0
+        tokens[row, : len(prompt)] = prompt
     lengths, ids = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-    lengths[: len(prompts)] = [len(prompt) + 1 for prompt in prompts]
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     ids[: len(prompts)] = np.arange(len(prompts)) if requests is None else requests
     # Rows that only fill the batch up are done before they begin.
     done = np.arange(rows) >= len(prompts)
@@ -93,6 +97,7 @@ def generate(
             sampling=sampling,
             rules=rules,
             new_length=_bucket(max_new_tokens),
+            as_prefix=as_prefix,
         )
     out, log_probs, count = jax.device_get(result)
     return [_cut(out[row, :count], log_probs[row, :count], stop) for row in range(len(prompts))]
@@ -110,7 +115,7 @@ class _State:
     count: jax.Array  # int32 []
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "rules", "new_length"))
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "rules", "new_length", "as_prefix"))
 def _decode(
     params: Any,
     prompts: jax.Array,
@@ -125,6 +130,7 @@ def _decode(
     sampling: SamplingPart,
     rules: ShardingRules,
     new_length: int,
+    as_prefix: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens and log-probabilities [B, new_length], and how many columns are filled. prompts: int32 [B, T], BOS first.
 
@@ -150,7 +156,7 @@ def _decode(
         return record(*model.extend(params, last, state.cache), state)
 
     # The prompt is read against a cache of its own length, and only then given room for what follows.
-    logits, cache = model.prefill(params, prompts, lengths, model.init_cache(rows, length))
+    logits, cache = model.prefill(params, prompts, lengths, model.init_cache(rows, length), as_prefix=as_prefix)
     empty = functools.partial(
         jnp.zeros, (rows, new_length), out_sharding=sharding.out_spec(("batch", None), (rows, new_length))
     )
@@ -210,11 +216,27 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if not 0 <= seed < 1 << 32:  # jax.random.key would drop the higher bits
         raise ConfigError(f"seed = {seed}: must be from 0 to {(1 << 32) - 1}")
+    if not model.config.attention.causal:
+        raise ConfigError("Attention.causal = False: an encoder has no next token to continue a prompt with")
+    longest, most = 1 + max(map(len, prompts)) + max_new_tokens, model.config.max_length
+    # The last new token is never read.
+    if most is not None and longest - 1 > most:
+        raise ConfigError(
+            f"a prompt and {max_new_tokens} new tokens make a row of {longest:,} tokens; the model has learned "
+            f"{most:,} positions (LearnedPositions.length): ask for fewer, or cut the prompt"
+        )
     vocab_size = model.config.vocab_size
     for row, prompt in enumerate(prompts):
         for token in prompt:
             if not 0 <= token < vocab_size:
                 raise ConfigError(f"prompt {row} has token {token}; the model's ids are 0 to {vocab_size - 1}")
+        if not prompt:
+            raise ConfigError(f"prompt {row} is empty, and no BOS is put before it")
+        if (longest := model.config.max_length) is not None and len(prompt) + max_new_tokens > longest:
+            raise ConfigError(
+                f"prompt {row} has {len(prompt)} tokens; with max_new_tokens = {max_new_tokens} it passes the "
+                f"{longest} positions that the model has"
+            )
 
 
 def _bucket(size: int) -> int:
@@ -326,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = model_dir.resolve(options.checkpoint)
         info = checkpoint.read_info(path)
         prompts = [_encode(info.vocabulary, text) for text in texts]
+        bos = info.vocabulary.prompt_bos if all(prompts) else info.vocabulary.bos_id
         with trained.config_file(path, info) as file:
             experiment = configure.load([file, *flags.files], flags.bindings, flags.search_paths).experiment
         trained.enable_compilation_cache(experiment.train.compilation_cache)
@@ -339,7 +362,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.max_new_tokens,
             sampling=sampling,
             seed=options.seed,
+            bos=bos,
             stop=info.vocabulary.eos_id,
+            as_prefix="prefix" in experiment.train_dataset.packing.batch_fields,
             mesh=opened.mesh,
             rules=experiment.sharding,
         )

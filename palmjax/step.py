@@ -14,8 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from palmjax import sharding
-from palmjax.config import Experiment, ShardingRules
-from palmjax.data.batch import Batch
+from palmjax.config import Experiment, PackingPart, ShardingRules
+from palmjax.data.batch import Batch, abstract_batch
 from palmjax.loss import LossFn, Sums
 from palmjax.optim import global_norm
 from palmjax.state import TrainState, init_state
@@ -113,6 +113,7 @@ class Program:
     model: Any
     mesh: Mesh
     rules: ShardingRules
+    packing: PackingPart
     step: Step
     init: Callable[[], TrainState]
     abstract_state: TrainState
@@ -131,8 +132,7 @@ class Program:
         result.
         """
         placed = self.batch_sharding(rows, length)
-        ids, weights = (jax.ShapeDtypeStruct((rows, length), t, sharding=placed) for t in (jnp.int32, jnp.float32))
-        batch = Batch(tokens=ids, targets=ids, weights=weights, segments=ids, positions=ids)
+        batch = abstract_batch(self.packing, rows, length, placed)
         with sharding.activate(self.mesh, self.rules):
             return jax.jit(self.step, donate_argnums=0).lower(self.abstract_state, batch)
 
@@ -157,6 +157,7 @@ def program(experiment: Experiment, mesh: Mesh) -> Program:
         model=model,
         mesh=mesh,
         rules=experiment.sharding,
+        packing=experiment.train_dataset.packing,
         step=step,
         init=init,
         abstract_state=sharding.abstract_state(init, mesh, experiment.sharding),

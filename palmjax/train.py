@@ -92,6 +92,7 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
         for rows in sizes:
             _check_batch(prog, rows, length, settings.microbatches)
         _check_vocabulary(prog.model, dataset)
+        prog.model.check_rows(length, experiment.train_dataset.packing)
         heldout = HeldOut.open(experiment, prog.model, placed)
         if heldout is not None and heldout.vocabulary.fingerprint != dataset.vocabulary.fingerprint:
             raise ConfigError(f"the held-out task {heldout.task!r} has another vocabulary than the training task")
@@ -326,7 +327,9 @@ def _sample(experiment: Experiment, prog: Program, state: TrainState, vocabulary
         experiment.train.sample_tokens,
         sampling=Temperature(temperature=0.7),
         seed=experiment.train.seed,
+        bos=vocabulary.bos_id,
         stop=vocabulary.eos_id,
+        as_prefix="prefix" in prog.packing.batch_fields,
         mesh=prog.mesh,
         rules=prog.rules,
     )

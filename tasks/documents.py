@@ -15,6 +15,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from tasks.objectives import Objective
+
 SHARD_BYTES = 16 << 20
 """Files are grouped in shards of about this many bytes; a token store has one part a shard."""
 
@@ -138,13 +140,13 @@ def shards(files: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def vocabulary(sentencepiece_model: str | None) -> Any:
-    """The seqio vocabulary: bytes if there is no SentencePiece model."""
+def vocabulary(sentencepiece_model: str | None, extra_ids: int = 0) -> Any:
+    """The seqio vocabulary: bytes if there is no SentencePiece model. extra_ids: ids added behind its own."""
     import seqio
 
     if sentencepiece_model is None:
-        return seqio.ByteVocabulary()
-    return seqio.SentencePieceVocabulary(os.path.expanduser(sentencepiece_model))
+        return seqio.ByteVocabulary(extra_ids=extra_ids)
+    return seqio.SentencePieceVocabulary(os.path.expanduser(sentencepiece_model), extra_ids=extra_ids)
 
 
 def model_state(sentencepiece_model: str | None) -> list[Any]:
@@ -154,15 +156,25 @@ def model_state(sentencepiece_model: str | None) -> list[Any]:
     return file_state([sentencepiece_model])
 
 
-def register_source(name: str, source: Any, has_inputs: bool, sentencepiece_model: str | None, rekey: Any = ()) -> str:
+def register_source(
+    name: str,
+    source: Any,
+    has_inputs: bool,
+    sentencepiece_model: str | None,
+    rekey: Any = (),
+    objective: Objective | None = None,
+) -> str:
     """Registers a task over a seqio source, replacing one of that name that was registered here. Returns the name.
 
-    `targets` are tokenized and ended by EOS; `inputs`, if any, are tokenized only. Raises ValueError if the name is
-    taken.
+    `targets` are tokenized and ended by EOS; `inputs`, if any, are tokenized only. objective: what makes inputs and
+    targets of the documents. Raises ValueError if the name is taken, or if there are inputs already.
     """
     import seqio
 
-    ids = vocabulary(sentencepiece_model)
+    if objective is not None and has_inputs:
+        raise ValueError(f"{type(objective).__name__} makes inputs of its own, and the documents have some already")
+    ids = vocabulary(sentencepiece_model, objective.extra_ids if objective else 0)
+    has_inputs = has_inputs or objective is not None
     features = {"targets": seqio.Feature(vocabulary=ids, add_eos=True)}
     if has_inputs:
         features["inputs"] = seqio.Feature(vocabulary=ids, add_eos=False)
@@ -171,10 +183,11 @@ def register_source(name: str, source: Any, has_inputs: bool, sentencepiece_mode
             raise ValueError("a task of this name is registered already by another module")
         seqio.TaskRegistry.remove(name)
     tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
+    corrupt = [functools.partial(objective.preprocess, vocabulary=ids)] if objective else []
     seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=[*rekey, tokenize, seqio.preprocessors.append_eos],
+        preprocessors=[*rekey, tokenize, *corrupt, seqio.preprocessors.append_eos],
         output_features=features,
     )
     _registered_here.add(name)
@@ -190,10 +203,11 @@ def register_files(
     readers: Mapping[str, Reader],
     has_inputs: bool,
     sentencepiece_model: str | None,
+    objective: Objective | None = None,
 ) -> str:
     """Registers a task over files: for each split its files and the reader of one. Returns the name."""
     source = _source_class()({split: shards(paths) for split, paths in files.items()}, readers, has_inputs)
-    return register_source(name, source, has_inputs, sentencepiece_model)
+    return register_source(name, source, has_inputs, sentencepiece_model, objective=objective)
 
 
 @functools.cache

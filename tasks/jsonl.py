@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from tasks import documents
+from tasks.objectives import Objective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class JsonLines:
 
     paths, validation_paths, validation_share, sentencepiece_model: as in `tasks.text_files.TextFiles`.
     key: the object's field that holds the text. inputs_key: a field with text that is conditioned on but not predicted
-    (loss weight 0), placed before it; None: there is none.
+    (loss weight 0), placed before it; None: there is none. objective: of `tasks.objectives`; None: every token is
+    predicted from those before it.
     """
 
     name: str
@@ -29,6 +31,7 @@ class JsonLines:
     key: str = "text"
     inputs_key: str | None = None
     sentencepiece_model: str | None = None
+    objective: Objective | None = None
 
     def content_key(self) -> str:
         files = documents.file_state(self.paths, self.validation_paths)
@@ -39,7 +42,8 @@ class JsonLines:
         read = functools.partial(_read, key=self.key, inputs_key=self.inputs_key)
         train, validation = documents.find_files(self.paths), documents.find_files(self.validation_paths)
         files, readers = documents.splits_of(read, train, validation, self.validation_share)
-        return documents.register_files(self.name, files, readers, bool(self.inputs_key), self.sentencepiece_model)
+        has_inputs, model = bool(self.inputs_key), self.sentencepiece_model
+        return documents.register_files(self.name, files, readers, has_inputs, model, self.objective)
 
 
 def _read(path: str, key: str, inputs_key: str | None) -> Iterator[documents.Document]:

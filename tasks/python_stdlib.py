@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 
 from tasks import documents
+from tasks.objectives import Objective
 
 _SUFFIXES = (".py", ".txt", ".rst", ".md")
 _EXCLUDED = {"site-packages", "dist-packages", "__pycache__"}
@@ -22,12 +23,14 @@ class PythonStdlib:
     name: the task's name. sentencepiece_model: path of a model; None: bytes.
     validation_share: of the files held out as split `validation`, chosen by a hash of their content.
     max_megabytes: at most so many 10^6 bytes, of files drawn by a hash of their names; None: all.
+    objective: of `tasks.objectives`; None: every token is predicted from those before it.
     """
 
     name: str = "python_stdlib"
     sentencepiece_model: str | None = None
     validation_share: float = 0.02
     max_megabytes: float | None = None
+    objective: Objective | None = None
 
     def content_key(self) -> str:
         return documents.digest([sys.version, documents.model_state(self.sentencepiece_model)])
@@ -35,7 +38,7 @@ class PythonStdlib:
     def build(self) -> str:
         """Registers the task with splits `train` and `validation` and returns its name."""
         files, readers = documents.splits_of(_read, self._files(), (), self.validation_share)
-        return documents.register_files(self.name, files, readers, False, self.sentencepiece_model)
+        return documents.register_files(self.name, files, readers, False, self.sentencepiece_model, self.objective)
 
     def _files(self) -> list[str]:
         root = sysconfig.get_paths()["stdlib"]

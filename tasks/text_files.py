@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from tasks import documents
+from tasks.objectives import Objective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,7 @@ class TextFiles:
     paths: a pattern, such as "/data/books/**/*.txt", or several. validation_paths: those of the split `validation`;
     without them `validation_share` of the documents is held out by a hash of their content (0: there is no such split).
     lines: every line that is not empty is a document. sentencepiece_model: path of a model; None: bytes.
+    objective: of `tasks.objectives`; None: every token is predicted from those before it.
     """
 
     name: str
@@ -23,6 +25,7 @@ class TextFiles:
     validation_share: float = 0.01
     lines: bool = False
     sentencepiece_model: str | None = None
+    objective: Objective | None = None
 
     def content_key(self) -> str:
         files = documents.file_state(self.paths, self.validation_paths)
@@ -33,7 +36,7 @@ class TextFiles:
         read = _read_lines if self.lines else _read_file
         train, validation = documents.find_files(self.paths), documents.find_files(self.validation_paths)
         files, readers = documents.splits_of(read, train, validation, self.validation_share)
-        return documents.register_files(self.name, files, readers, False, self.sentencepiece_model)
+        return documents.register_files(self.name, files, readers, False, self.sentencepiece_model, self.objective)
 
 
 def _read_file(path: str) -> Iterator[documents.Document]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 from tasks import documents
+from tasks.objectives import Objective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Tfds:
     inputs_key: str | None = None
     data_dir: str | None = None
     sentencepiece_model: str | None = None
+    objective: Objective | None = None
 
     def content_key(self) -> str:
         return documents.digest(documents.model_state(self.sentencepiece_model))
@@ -36,4 +38,6 @@ class Tfds:
         keys = {"targets": self.key} | ({"inputs": self.inputs_key} if self.inputs_key else {})
         source = seqio.TfdsDataSource(tfds_name=self.tfds_name, tfds_data_dir=self.data_dir)
         rekey = functools.partial(seqio.preprocessors.rekey, key_map=keys)
-        return documents.register_source(self.name, source, bool(self.inputs_key), self.sentencepiece_model, (rekey,))
+        return documents.register_source(
+            self.name, source, bool(self.inputs_key), self.sentencepiece_model, (rekey,), self.objective
+        )

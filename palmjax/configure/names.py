@@ -32,6 +32,7 @@ MODULES = (
     "palmjax.data.batch",
     "palmjax.data.order",
     "tasks.jsonl",
+    "tasks.objectives",
     "tasks.python_stdlib",
     "tasks.text_files",
     "tasks.tfds",

@@ -54,9 +54,14 @@ class RowLayout(abc.ABC):
     num_rows: int
     num_eval_rows: int
 
+    @property
+    def stream_length(self) -> int:
+        """The most tokens of the stream that one row takes."""
+        return self.length
+
     @abc.abstractmethod
     def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Stream positions (start, stop), int64 [n] each, of rows int64 [n]; 0 < stop - start <= length."""
+        """Stream positions (start, stop), int64 [n] each, of rows int64 [n]; 0 < stop - start <= stream_length."""
 
     @abc.abstractmethod
     def boundaries(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -65,7 +70,8 @@ class RowLayout(abc.ABC):
     def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
         """The Batch of n rows that were read at [starts, stops).
 
-        targets: int32 [n, length], zero behind each row's last token. weights: uint8 [n, length] or None for all ones.
+        targets: int32 [n, stream_length], zero behind each row's last token. weights: uint8 [n, stream_length] or None
+        for all ones.
         """
         column = np.arange(self.length, dtype=np.int32)
         real = column < (stops - starts)[:, None]
@@ -149,6 +155,103 @@ class _DocumentRows(RowLayout):
         row = np.repeat(np.arange(len(starts)), count)
         nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         return row, self._ends[first[row] + nth] - starts[row]
+
+
+@section
+class PackPrefixes(PackDocuments):
+    """PackDocuments for prefix language models: a document's inputs, its leading tokens without loss, are seen by the
+    whole document (Raffel et al. 2020, section 3.2.1). As in T5X the last input, which predicts the first target, is.
+    """
+
+    batch_fields = ("prefix",)
+
+    def build(self, num_tokens: int, document_ends: Callable[[], np.ndarray], length: int) -> RowLayout:
+        """As PackDocuments, and batches have a `prefix`."""
+        return _PrefixRows(document_ends(), length)
+
+
+class _PrefixRows(_DocumentRows):
+    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
+        batch = super().batch(targets, weights, starts, stops)
+        # How many targets with loss there are in a row up to each, and how many before its segment began.
+        counted = np.cumsum(batch.weights > 0, axis=1, dtype=np.int32)
+        earlier = np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
+        begins = np.maximum.accumulate(np.where(batch.positions == 0, earlier, 0), axis=1)
+        is_input = (counted == begins) & (batch.segments > 0)
+        # What is read at a place is the target before it; the first place of a segment reads BOS.
+        read = np.pad(is_input, ((0, 0), (1, 0)))[:, :-1]
+        prefix = np.where(batch.positions == 0, is_input, read) & (batch.segments > 0)
+        return dataclasses.replace(batch, prefix=prefix.astype(np.int32))
+
+
+@section
+class PackPairs(PackingPart):
+    """Documents of two aligned halves, packed next-fit: what is read, without loss, and what is predicted, 0 where
+    nothing is (`tasks.objectives.MaskedLM`). Nothing is shifted: a place predicts its own target.
+    """
+
+    shifted = False
+
+    def build(self, num_tokens: int, document_ends: Callable[[], np.ndarray], length: int) -> RowLayout:
+        """As PackDocuments. Raises ConfigError for documents that are no pairs, or longer than a row."""
+        return _PairRows(document_ends(), length)
+
+
+class _PairRows(RowLayout):
+    def __init__(self, ends: np.ndarray, length: int):
+        self.length = length
+        whole = np.diff(ends, prepend=np.int64(0))
+        if np.any(whole % 2 == 0):  # two halves and EOS
+            raise ConfigError("PackPairs needs documents of two aligned halves, as the objective MaskedLM makes them")
+        halves = whole // 2
+        if halves.size and halves.max() > length:
+            raise ConfigError(
+                f"PackPairs: a document of {halves.max():,} tokens is longer than a row of {length:,}: "
+                "set the objective's length to the row's"
+            )
+        self._ends, self._half_ends = ends, np.cumsum(halves)
+        starts = next_fit(self._half_ends, length)
+        self._first = np.searchsorted(np.concatenate([[0], self._half_ends]), starts)
+        self.num_rows = self.num_eval_rows = len(starts) - 1
+        self._stream_starts = np.concatenate([np.zeros(1, np.int64), ends])[self._first]
+
+    @property
+    def stream_length(self) -> int:
+        return int(np.diff(self._stream_starts).max(initial=1))
+
+    def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._stream_starts[rows], self._stream_starts[rows + 1]
+
+    def boundaries(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        return None
+
+    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
+        shape = (len(targets), self.length)
+        read, wanted, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            inside = slice(*np.searchsorted(self._ends, [start, stop - 1], side="right") + [0, 1])
+            begin = place = 0
+            for number, end in enumerate(self._ends[inside] - start, start=1):
+                half = (end - begin) // 2
+                here = slice(place, place + half)
+                read[row, here] = targets[row, begin : begin + half]
+                wanted[row, here] = targets[row, begin + half : begin + 2 * half]
+                segments[row, here], positions[row, here] = number, np.arange(half)
+                begin, place = end, place + half
+        return Batch(
+            tokens=read,
+            targets=wanted,
+            weights=(wanted != 0).astype(np.float32),
+            segments=segments,
+            positions=positions,
+        )
+
+
+def abstract_batch(packing: PackingPart, rows: int, length: int, sharding: Any) -> Batch:
+    """Shapes of a packing's batches, ShapeDtypeStructs laid out by `sharding`."""
+    ids, weights = (jax.ShapeDtypeStruct((rows, length), t, sharding=sharding) for t in (np.int32, np.float32))
+    batch = Batch(tokens=ids, targets=ids, weights=weights, segments=ids, positions=ids)
+    return dataclasses.replace(batch, **dict.fromkeys(packing.batch_fields, ids))
 
 
 def next_fit(ends: np.ndarray, length: int) -> np.ndarray:

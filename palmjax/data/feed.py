@@ -11,6 +11,7 @@ has to be built or a task has never been asked for before.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import hashlib
 import json
 import queue
@@ -174,7 +175,7 @@ class Dataset:
             mine = np.flatnonzero(source == number)
             if mine.size or (number == 0 and not source.size):
                 starts, stops = layout.spans(row[mine])
-                targets, weights = store.read(starts, stops, self.sequence_length)
+                targets, weights = store.read(starts, stops, layout.stream_length)
                 parts.append(layout.batch(targets, weights, starts, stops))
                 order.append(mine)
         if len(parts) == 1:
@@ -347,7 +348,8 @@ class Feed:
 
             return jax.make_array_from_callback(shape, self._sharding, piece)
 
-        return Batch(**{name: array(name) for name in ("tokens", "targets", "weights", "segments", "positions")})
+        present = [field.name for field in dataclasses.fields(Batch) if getattr(local[0][2], field.name) is not None]
+        return Batch(**{name: array(name) for name in present})
 
     def _check_divides(self, rows: int) -> None:
         shape = (rows, self._dataset.sequence_length)

@@ -1,7 +1,8 @@
 """Vocabularies without seqio: what a store or a checkpoint carries to turn text into ids and back.
 
-Imports config and numpy; the `sentencepiece` library only when a SentencePiece model is used. Ids are those of the
-seqio vocabulary of the same kind, and the special ids are seqio's: 0 pad, 1 EOS, 2 unknown.
+Imports config and numpy; the libraries `sentencepiece` and `tokenizers` only when such a model is used. Ids are those
+of the seqio vocabulary of the same kind, and the special ids are seqio's: 0 pad, 1 EOS, 2 unknown; models of other
+stacks bring their own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,13 +21,21 @@ import numpy as np
 from palmjax.config import ConfigError
 
 MODEL_FILE = "vocabulary.model"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class Vocabulary(abc.ABC):
     """Text to ids and back.
 
-    size: number of ids, special and extra ids included. eos_id: the id behind every document.
+    size: number of ids, special and extra ids included. eos_id: the id behind every document. bos_id: the id that a row
+    begins with. prompt_bos: the id put before a prompt, or None for none.
     """
+
+    bos_id: int = 0
+
+    @property
+    def prompt_bos(self) -> int | None:
+        return self.bos_id
 
     @property
     @abc.abstractmethod
@@ -126,6 +136,11 @@ class SentencePiece(Vocabulary):
     def eos_id(self) -> int:
         return self._processor.eos_id()
 
+    @property
+    def bos_id(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The model's own (LLaMA: 1), or 0, seqio's, if it was trained without (`palmjax tokenizer`)."""
+        return max(self._processor.bos_id(), 0)
+
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
@@ -149,6 +164,109 @@ class SentencePiece(Vocabulary):
 
     def files(self) -> dict[str, bytes]:
         return {MODEL_FILE: self.model}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HuggingFace(Vocabulary):
+    """A tokenizer of the `tokenizers` library; `tokenizer` is its tokenizer.json.
+
+    prompt: ids that the tokenizer itself puts before a text, at most one (LLaMA: BOS; GPT-2: none).
+    """
+
+    tokenizer: bytes = dataclasses.field(repr=False)
+    eos: int
+    bos: int
+    prompt: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: bytes, eos: int | None, eos_token: str | None, bos_token: str | None) -> HuggingFace:
+        """The vocabulary of a tokenizer.json; the tokens are those of tokenizer_config.json, `eos` of config.json.
+
+        A tokenizer without a BOS begins rows with its EOS, as GPT-2 was trained. Raises ConfigError if it has no EOS.
+        """
+        loaded = _load_tokenizer(tokenizer)
+        if eos_token is not None:
+            eos = loaded.token_to_id(eos_token)
+        if eos is None:
+            raise ConfigError("the tokenizer has no EOS: neither tokenizer_config.json nor config.json names one")
+        bos = eos if bos_token is None else loaded.token_to_id(bos_token)
+        first = loaded.encode("").ids
+        before = tuple(first[:1]) if first and first != [eos] else ()
+        before = before or (tuple(first) if first == [bos] else ())
+        return cls(
+            tokenizer=tokenizer, eos=eos, bos=before[0] if before else eos if bos is None else bos, prompt=before
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HuggingFace) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.tokenizer)
+
+    @functools.cached_property
+    def _loaded(self) -> Any:
+        return _load_tokenizer(self.tokenizer)
+
+    @property
+    def size(self) -> int:
+        return 1 + max(self._loaded.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def eos_id(self) -> int:
+        return self.eos
+
+    @property
+    def bos_id(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.bos
+
+    @property
+    def prompt_bos(self) -> int | None:
+        return self.prompt[0] if self.prompt else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._loaded.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._loaded.decode([i for i in self._until_eos(ids) if i < self.size], skip_special_tokens=True)
+
+    def token(self, i: int) -> str:
+        """The token of an id, as the tokenizer spells it."""
+        return self._loaded.id_to_token(i)
+
+    def token_bytes(self) -> np.ndarray:
+        """Exact for tokenizers over bytes and for those that spell a space as U+2581 and other characters in bytes."""
+        over_bytes = b'"ByteLevel"' in self.tokenizer
+        special = {i for i, token in self._loaded.get_added_tokens_decoder().items() if token.special}
+        added = set(self._loaded.get_added_tokens_decoder())
+        count = np.zeros(self.size, np.int32)
+        for token, i in self._loaded.get_vocab(with_added_tokens=True).items():
+            if i in special:
+                continue
+            if over_bytes and i not in added:
+                count[i] = len(token)  # a character stands for each byte
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                count[i] = 1
+            else:
+                count[i] = len(token.replace("\u2581", " ").encode())
+        return count
+
+    def to_json(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.tokenizer).hexdigest()
+        return {"kind": "huggingface", "sha256": digest, "eos": self.eos, "bos": self.bos, "prompt": list(self.prompt)}
+
+    def files(self) -> dict[str, bytes]:
+        return {TOKENIZER_FILE: self.tokenizer}
+
+
+def _load_tokenizer(content: bytes) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError("a Hugging Face tokenizer needs its library: pip install 'palmjax[huggingface]'") from error
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises Exception itself
+        raise ConfigError(f"not a tokenizer.json ({len(content)} bytes): {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,10 +305,17 @@ def from_json(data: Mapping[str, Any], files: Mapping[str, bytes]) -> Vocabulary
         case "pass_through":
             return PassThrough(num_ids=data["num_ids"], eos=data["eos"])
         case "sentencepiece":
-            model = files.get(MODEL_FILE)
-            if model is None:
-                raise ConfigError(f"{MODEL_FILE} is missing beside the vocabulary's description")
-            if hashlib.sha256(model).hexdigest() != data["sha256"]:
-                raise ConfigError(f"{MODEL_FILE} is damaged: its SHA-256 is not the one recorded")
-            return SentencePiece(model)
-    raise ConfigError(f"unknown vocabulary kind {data.get('kind')!r}; known: bytes, sentencepiece, pass_through")
+            return SentencePiece(_checked(MODEL_FILE, files, data["sha256"]))
+        case "huggingface":
+            content = _checked(TOKENIZER_FILE, files, data["sha256"])
+            return HuggingFace(tokenizer=content, eos=data["eos"], bos=data["bos"], prompt=tuple(data["prompt"]))
+    known = "bytes, sentencepiece, huggingface, pass_through"
+    raise ConfigError(f"unknown vocabulary kind {data.get('kind')!r}; known: {known}")
+
+
+def _checked(name: str, files: Mapping[str, bytes], sha256: str) -> bytes:
+    if name not in files:
+        raise ConfigError(f"{name} is missing beside the vocabulary's description")
+    if hashlib.sha256(files[name]).hexdigest() != sha256:
+        raise ConfigError(f"{name} is damaged: its SHA-256 is not the one recorded")
+    return files[name]

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from palmjax import sharding
 from palmjax.config import ConfigError, DatasetConfig, Experiment, ShardingRules
 from palmjax.data import feed
-from palmjax.data.batch import Batch
+from palmjax.data.batch import Batch, abstract_batch
 from palmjax.loss import token_losses
 from palmjax.models.api import LanguageModel
 
@@ -85,6 +85,8 @@ class HeldOut:
         self.vocabulary, ids = dataset.vocabulary, model.config.vocab_size
         if self.vocabulary.size > ids:
             raise ConfigError(f"task {self.task!r} has {self.vocabulary.size:,} ids and the model only {ids:,}")
+        model.check_rows(dataset.sequence_length, dataset.config.packing)
+        self._packing = dataset.config.packing
         self._pass, self._mesh, self._rules = dataset.evaluation(), mesh, rules
         self._shape = (dataset.batch_size(0), dataset.sequence_length)
         self._sharding = sharding.named(mesh, rules, ("batch", "length"), self._shape, "an evaluation batch")
@@ -102,8 +104,7 @@ class HeldOut:
 
     def compile(self, params: Any) -> None:
         """Compiles for `params`: arrays, or ShapeDtypeStructs with the shardings that they will have."""
-        ids, weights = (jax.ShapeDtypeStruct(self._shape, t, sharding=self._sharding) for t in (jnp.int32, jnp.float32))
-        batch = Batch(tokens=ids, targets=ids, weights=weights, segments=ids, positions=ids)
+        batch = abstract_batch(self._packing, *self._shape, self._sharding)
         with sharding.activate(self._mesh, self._rules):
             self._step = self._step.lower(params, self._table, batch).compile()
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from palmjax import sharding
+from palmjax.config import ConfigError, PackingPart
 from palmjax.data.batch import Batch
 from palmjax.models.attention import CACHE, Rows
 from palmjax.models.decoder import Decoder, DecoderModule
@@ -67,6 +68,21 @@ class LanguageModel:
         layers = jax.tree.map(stacked, params["decoder"]["layers"], is_leaf=lambda x: isinstance(x, AxesBox))
         return params | {"decoder": params["decoder"] | {"layers": layers}}
 
+    def check_rows(self, length: int, packing: PackingPart) -> None:
+        """Raises ConfigError if the model can't be trained or scored on rows of `length` tokens packed like this."""
+        most = self.config.max_length
+        if most is not None and length > most:
+            raise ConfigError(
+                f"rows of {length:,} tokens (TASK_FEATURE_LENGTHS), and the model learns {most:,} positions "
+                "(LearnedPositions.length)"
+            )
+        causal = all(layer.attention.causal for layer in self.config.block.layers)
+        if packing.shifted and not causal:
+            raise ConfigError(
+                f"Attention.causal = False with {type(packing).__name__}: its rows predict the next token, which the "
+                "model sees; set PACKING = @PackPairs() and an objective such as @MaskedLM()"
+            )
+
     @property
     def axes(self) -> Any:
         """Logical axes of every parameter, in the structure of params; a stack of layers leads with "layers"."""
@@ -119,15 +135,19 @@ class LanguageModel:
         written = jnp.zeros((rows,), jnp.int32, out_sharding=sharding.out_spec(("batch",), (rows,), "cache"))
         return {"key": empty(), "value": empty(), "length": written}
 
-    def prefill(self, params: Any, tokens: jax.Array, lengths: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def prefill(
+        self, params: Any, tokens: jax.Array, lengths: jax.Array, cache: Cache, *, as_prefix: bool = False
+    ) -> tuple[jax.Array, Cache]:
         """Reads prompts into the cache. tokens: int32 [B, T], padded on the right; lengths: int32 [B], at least 1.
 
-        Returns the float32 logits [B, V] that follow each row's last token, and the cache.
+        as_prefix: each prompt's tokens see all of it, as a prefix language model was trained. Returns the float32
+        logits [B, V] that follow each row's last token, and the cache.
         """
         index = jnp.arange(tokens.shape[1])[None, :]
         # A position beyond the cache drops the write, so padding leaves no trace.
         positions = jnp.where(index < lengths[:, None], index, cache["key"].shape[2])
-        hidden, cache = self._extend(params, tokens, positions, cache | {"length": lengths})
+        prefix = lengths if as_prefix else None
+        hidden, cache = self._extend(params, tokens, positions, cache | {"length": lengths}, prefix)
 
         def pick(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
             return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
@@ -144,9 +164,11 @@ class LanguageModel:
         )
         return self.logits(params, hidden)[:, 0], cache
 
-    def _extend(self, params: Any, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def _extend(
+        self, params: Any, tokens: jax.Array, positions: jax.Array, cache: Cache, prefix: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         store = {"key": cache["key"], "value": cache["value"]}
-        rows = Rows(positions=positions)
+        rows = Rows(positions=positions, prefix=prefix)
         out: Any = self._module.apply({"params": params}, tokens, rows, cache=store)
         hidden, store, _ = out
         return hidden, {**store, "length": cache["length"]}

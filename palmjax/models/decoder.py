@@ -61,6 +61,26 @@ class RecomputeElementwise(RematPart):
 
 
 @section
+class KeepProjections(RematPart):
+    """Keep each block's input and the results of the weight matmuls named, recompute the rest: between RecomputeAll and
+    RecomputeElementwise, as memory allows.
+
+    names: of the modules, such as `query`, `wi_0`, `wi_1`, `wi`. Those of a block's last matmuls (`out`, `wo`) are of
+    no use: no gradient needs them.
+    """
+
+    names: tuple[str, ...] = ("query", "wi_1")
+
+    matmuls_again = 0.5
+
+    def __post_init__(self) -> None:
+        require(len(self.names) > 0, self, "names", "one matmul or more; RecomputeAll keeps none")
+
+    def build(self) -> Any:
+        return jax.checkpoint_policies.save_only_these_names(*self.names)
+
+
+@section
 class RecomputeAttention(RematPart):
     """Keep all but the inside of attention (PaLM appendix B: 8B and 62B recompute attention only)."""
 

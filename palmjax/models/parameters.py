@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
 from palmjax import sharding
 from palmjax.config import Part, require, section
@@ -202,6 +203,8 @@ class Context:
 class Dense(nn.Module):
     """A linear map, `einsum(equation, x, kernel)`, plus `bias` over the dimensions that the kernel brings.
 
+    The product goes by the module's name for policies that keep named values (`KeepProjections`).
+
     shape, axes: the kernel's. stddev: of the fresh kernel. out: logical axes of the result.
     """
 
@@ -215,7 +218,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = parameter(self, "kernel", self.shape, self.axes, normal(self.stddev))
-        y = sharding.einsum(self.equation, x, kernel, out=self.out)
+        y = checkpoint_name(sharding.einsum(self.equation, x, kernel, out=self.out), self.name or "")
         if not self.bias:
             return y
         operands, result = self.equation.split("->")

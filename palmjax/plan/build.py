@@ -246,8 +246,7 @@ def _caveats(step: cost.Step) -> list[str]:
             f"time is a roofline at {cost.MATMUL_EFFICIENCY:.0%} of peak matmul and {cost.MEMORY_EFFICIENCY:.0%} of "
             "memory bandwidth, not a compiler's clock"
         )
-    stated = [name for name in sources if name.startswith("kernel")]
-    words += [f"kernels' time ({sources[name]:.3g} s) is their {name.removeprefix('kernel ')}" for name in stated]
+    words += [f"{sources[name]:.3g} s by {name}" for name in sources if "kernels" in name]
     return words
 
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from palmjax import configure
 from palmjax.config import ConfigError
-from palmjax.plan import build, compiler, topology
+from palmjax.plan import compiler
 from palmjax.plan.build import Plan
 
 TOLERANCE = 0.03
@@ -77,21 +75,6 @@ def records(path: str) -> list[Record]:
     return found
 
 
-def replan(path: str, record: Record, cache: str, timeout: float) -> Plan:
-    """The plan that a record's command gives now, for the file at `path`."""
-    flags, rest = configure.parse_flags(shlex.split(record.arguments))
-    options = dict(zip(rest[::2], rest[1::2], strict=False))
-    unknown = sorted(set(options) - {"--topology", "--slices", "--batch_size"})
-    if unknown or "--topology" not in options:
-        raise ConfigError(
-            f"{path}:{record.line + 1}: a recorded plan takes --topology, --slices, --batch_size and --gin.*"
-        )
-    target = topology.parse(options["--topology"], int(options.get("--slices", 1)))
-    experiment = configure.load([path], flags.bindings, flags.search_paths, placeholders=True).experiment
-    rows = int(options["--batch_size"]) if "--batch_size" in options else None
-    return build.compile(experiment, target, rows=rows, options="", cache=cache, timeout=timeout)
-
-
 def differences(record: Record, plan: Plan) -> list[str]:
     """What no longer holds of a record, in words; empty if all does."""
     if not plan.fits:
@@ -109,10 +92,15 @@ def differences(record: Record, plan: Plan) -> list[str]:
     ]
 
 
-def check(files: Sequence[str], cache: str, timeout: float, update: bool = False) -> int:
+Replan = Callable[[str, str], Plan]
+"""Plans a file (its path) as a record's command says (what stands behind `palmjax plan`)."""
+
+
+def check(files: Sequence[str], replan: Replan, update: bool = False) -> int:
     """Plans every file that has a record; a line for each. Returns 1 if one changed or failed, else 0.
 
-    update: writes the new figures into the headers instead of failing.
+    update: writes the new figures into the headers instead of failing. Raises ConfigError for a record that can't be
+    planned.
     """
     if not files:
         raise ConfigError("--check: name the files, as in: palmjax plan --check gin/exp/*.gin")
@@ -123,7 +111,7 @@ def check(files: Sequence[str], cache: str, timeout: float, update: bool = False
             print(f"{path}: no plan in its header", flush=True)
         for record in found:
             try:
-                plan = replan(path, record, cache, timeout)
+                plan = replan(path, record.arguments)
             except compiler.CompilerError as error:
                 print(f"{path}: FAILED {error}", file=sys.stderr, flush=True)
                 failed = True

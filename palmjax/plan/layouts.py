@@ -18,11 +18,11 @@ import jax
 from palmjax import sharding
 from palmjax.config import ConfigError, Experiment
 from palmjax.models.account import account
-from palmjax.models.decoder import RecomputeAll, RecomputeAttention, RecomputeElementwise
+from palmjax.models.decoder import KeepProjections, RecomputeAll, RecomputeAttention, RecomputeElementwise
 from palmjax.plan import chips
 from palmjax.plan.topology import Topology
 
-REMAT = (None, RecomputeAttention(), RecomputeElementwise(), RecomputeAll())
+REMAT = (None, RecomputeAttention(), RecomputeElementwise(), KeepProjections(), RecomputeAll())
 MICROBATCHES = (1, 2, 4, 8, 16)
 MATMUL_EFFICIENCY = 0.8
 """Of the peak, in the guess: about what the compiler's own cycles come to for large matmuls."""
@@ -62,12 +62,15 @@ class Layout:
             "MeshConfig.tensor": self.tensor,
             "ShardingRules.residual": '("tensor",)' if self.residual else "()",
             "Decoder.remat": "None" if self.remat is None else f"@{type(self.remat).__name__}()",
+            **{
+                f"{type(self.remat).__name__}.{k}": repr(v) for k, v in (vars(self.remat) if self.remat else {}).items()
+            },
             "TrainConfig.microbatches": self.microbatches,
             "BATCH_SIZE": self.rows,
         }
         if given is not None:
             old = dict(text.split(" = ") for text in given.bindings())
-            values = {key: value for key, value in values.items() if old[key] != str(value)}
+            values = {key: value for key, value in values.items() if old.get(key) != str(value)}
         return [f"{key} = {value}" for key, value in values.items()]
 
     def __str__(self) -> str:
@@ -194,7 +197,8 @@ class Guesser:
         kept = {
             "None": 2 * products + 2 * hidden + 4 * scores,
             "RecomputeAttention": 2 * products + 2 * hidden,
-            "RecomputeElementwise": products,
+            "RecomputeElementwise": products - 2 * d,  # what a block ends with no gradient needs
+            "KeepProjections": queries + hidden / 2,
             "RecomputeAll": 0.0,
         }["None" if layout.remat is None else type(layout.remat).__name__]
         vocab = model.padded_vocab_size
@@ -211,19 +215,28 @@ class Guesser:
 
     def _seconds(self, layout: Layout, tokens: float) -> float:
         model, t = self.model, layout.tensor
-        again = {"None": 0.0, "RecomputeAttention": 0.02, "RecomputeElementwise": 0.02, "RecomputeAll": 0.25}
+        again = {
+            "None": 0.0,
+            "RecomputeAttention": 0.02,
+            "RecomputeElementwise": 0.02,
+            "KeepProjections": 0.12,
+            "RecomputeAll": 0.22,
+        }
         extra = again["None" if layout.remat is None else type(layout.remat).__name__]
         devices = self.topology.devices
         peak = self.hardware.chip.flops_per_device
         compute = self.flops * (1 + extra) * layout.rows * self.length / devices / peak / MATMUL_EFFICIENCY
         link = 2 * self.hardware.link_bandwidth * chips.ICI_EFFICIENCY
         dims = max(self.hardware.ici_dims, 1)
-        overlap = 0.5 if layout.options else 1.0  # what asynchronous gathers leave exposed, about
-        # The tensor axis takes a dimension of the torus, or shares one; fsdp has the others.
+        overlap = 0.6 if layout.options else 1.0  # what asynchronous gathers leave exposed, about
+        # The tensor axis takes whole dimensions of the torus; where it takes a part of one, it is a line and not a
+        # ring, and the gathers over the rest share its links.
+        whole = {math.prod(c) for n in range(dims + 1) for c in itertools.combinations(self.topology.shape, n)}
+        apart = 1.0 if t in whole else 2.0
         gathered = 2.0 * self.layer_values / t * model.num_layers * 3 * layout.microbatches
-        fsdp = gathered / (link * max(dims - (t > 1), 1)) if layout.fsdp > 1 else 0.0
+        fsdp = apart**2 * gathered / (link * max(dims - (t > 1), 1)) if layout.fsdp > 1 else 0.0
         moved = 2.0 * tokens * model.d_model * layout.microbatches * model.num_layers * (5 + (extra > 0.1))
-        tensor = moved * (t - 1) / t / link
+        tensor = apart * moved * (t - 1) / t / link
         return compute + fsdp * overlap + tensor
 
 

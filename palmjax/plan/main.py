@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(rest)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process computes shapes only; the compiler has its own
     if options.check:
-        return check.check(flags.files, options.cache, options.timeout, options.update)
+        return check.check(flags.files, functools.partial(replan, options.cache, options.timeout), options.update)
     if options.topology is None:
         raise ConfigError(f"--topology is missing: for which machine? For example {topology.EXAMPLES}")
     for name in ("batch_size", "budget", "jobs"):
@@ -79,6 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 LIMIT = 0.95
 """Of a chip's memory, what a step may take: the TPU compiler keeps the rest (30.75 of 32 GiB on v4)."""
+
+
+def replan(cache: str, timeout: float, path: str, arguments: str) -> build.Plan:
+    """The plan that a recorded command gives now, for the file at `path`."""
+    flags, rest = configure.parse_flags(shlex.split(arguments))
+    options = dict(zip(rest[::2], rest[1::2], strict=False))
+    if "--topology" not in options or set(options) - {"--topology", "--slices", "--batch_size"}:
+        raise ConfigError(
+            f"{path}: a recorded plan takes --topology, --slices, --batch_size and --gin.*, not {arguments}"
+        )
+    target = topology.parse(options["--topology"], int(options.get("--slices", 1)))
+    experiment = configure.load([path], flags.bindings, flags.search_paths, placeholders=True).experiment
+    rows = int(options["--batch_size"]) if "--batch_size" in options else None
+    return build.compile(experiment, target, rows=rows, options="", cache=cache, timeout=timeout)
 
 
 def _search(experiment: Experiment, target: topology.Topology, flags: configure.Flags, options: Any) -> int:

@@ -51,7 +51,7 @@ def test_a_plan_accounts_for_every_second_and_byte(tiny: plan.Plan) -> None:
 
 
 def test_the_compiled_matmuls_are_the_models(tiny: plan.Plan) -> None:
-    """The model's FLOPs are 6N + 12LHQT; on top come one key/value head on both tensor shards, and nothing recomputed."""
+    """The model's FLOPs are 6N + 12LHQT; on top comes the key/value head, which both tensor shards compute."""
     assert tiny.hardware_flops is not None
     totals = account(load().model, 256)  # pyright: ignore[reportArgumentType]
     twice = 3 * 6 * 2 * 256 * 128  # layers x (forward and backward) x key and value of 256 x 128, once more
@@ -130,8 +130,8 @@ def test_remedies_name_settings_and_the_first_one_works(too_big: plan.Plan, cach
 
 def test_the_report_and_the_picture(tiny: plan.Plan, too_big: plan.Plan, tmp_path: pathlib.Path) -> None:
     text = report.text(tiny)
-    for word in ("FITS", "STEP", "MFU", "HFU", "matmul", "exposed along fsdp", "largest buffers", "chip-hours", "libtpu"):
-        assert word in text
+    for words in ("FITS", "STEP", "MFU", "HFU", "matmul", "exposed along fsdp", "largest", "chip-hours", "libtpu"):
+        assert words in text
     assert "DOES NOT FIT" in report.text(too_big) and "STEP  no time" in report.text(too_big)
     for number, one in enumerate((tiny, too_big)):
         report.picture(one, tmp_path / f"{number}.png")
@@ -168,17 +168,17 @@ def test_a_record_holds_until_the_step_changes(
     path = tmp_path / "job.gin"
     command = f"# palmjax plan {path} --topology v4:2x2x1"
     path.write_text(f'# A job.\n{command}\n{check.figures(tiny)}\ninclude "{TINY}"\n')
-    assert check.check([str(path)], cache, 600) == 0
+    assert main.main([str(path), "--check", "--cache", cache]) == 0
     assert "as recorded" in capsys.readouterr().out
     old = path.read_text()
     path.write_text(re.sub(r"MFU [\d.]+", "MFU 99.9", old))
-    assert check.check([str(path)], cache, 600) == 1
+    assert main.main([str(path), "--check", "--cache", cache]) == 1
     assert "MFU was 99.9" in capsys.readouterr().out
-    assert check.check([str(path)], cache, 600, update=True) == 0
+    assert main.main([str(path), "--check", "--update", "--cache", cache]) == 0
     assert path.read_text() == old
     path.write_text(f"{command}\n# no figures\n")
     with pytest.raises(ConfigError, match=r"job\.gin:2"):
-        check.check([str(path)], cache, 600)
+        main.main([str(path), "--check", "--cache", cache])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def gather_start(name: str) -> str:
     return f"  %{name} = {shapes} all-gather-start(%big), channel_id=1, replica_groups={{{{{ROW}}}}}, dimensions={{0}}"
 
 
-BIG = f"  %big = f32[{10**9}]{{0}} custom-call(), custom_call_target=\"AllocateBuffer\""
+BIG = f'  %big = f32[{10**9}]{{0}} custom-call(), custom_call_target="AllocateBuffer"'
 GATHER = GATHER_BYTES * 15 / 16 / (2 * 50e9 * chips.ICI_EFFICIENCY) + 8e-6
 
 
@@ -71,7 +71,7 @@ def test_two_transfers_on_the_same_links_queue() -> None:
 
 
 def test_a_collective_without_a_start_is_all_exposed() -> None:
-    gather = f"  %g = f32[{16 * 10**9}]{{0}} all-gather(%big), channel_id=1, replica_groups={{{{{ROW}}}}}, dimensions={{0}}"
+    gather = f"  %g = f32[{16 * 10**9}]{{0}} all-gather(%big), channel_id=1, replica_groups={{{{{ROW}}}}}"
     found = step(f"{BIG}\n{compute('x', 0.5)}\n{gather}")
     assert found.seconds == pytest.approx(0.5 + GATHER, rel=1e-6)
 
@@ -106,7 +106,7 @@ EXCHANGE = """  %tok = token[] after-all()
   %s = (f32[100000000]{0}, u32[], token[]) send(%big, %tok), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="r_0",_xla_megascale_transfer_type="ALL_REDUCE"}
   %r = (f32[100000000]{0}, u32[], token[]) recv(%tok), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="r_0",_xla_megascale_transfer_type="ALL_REDUCE"}
   %sd = token[] send-done(%s), channel_id=2, is_host_transfer=true
-  %rd = (f32[100000000]{0}, token[]) recv-done(%r), channel_id=3, is_host_transfer=true"""
+  %rd = (f32[100000000]{0}, token[]) recv-done(%r), channel_id=3, is_host_transfer=true"""  # noqa: E501
 
 
 def test_slices_exchange_while_the_chip_computes() -> None:

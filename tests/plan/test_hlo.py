@@ -52,7 +52,7 @@ ENTRY %main.1_spmd (a: bf16[8,128]) -> bf16[8,128] {
   %while.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%start), condition=%condition, body=%body
   ROOT %out = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%while.1), index=1
 }
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")
