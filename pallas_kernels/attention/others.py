@@ -97,20 +97,21 @@ def _splash(
     T, heads = case.length, case.heads // case.kv_heads
     block = next(size for size in (block, 256, LANES) if T % size == 0)
     names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute block_q_dq block_kv_dq"
+    sizes: dict[str, Any] = dict.fromkeys(names.split(), block)
     if case.mask.window is not None:
         seen: Any = masks.LocalMask((T, T), (case.mask.window - 1, 0), 0)
     else:
         seen = masks.CausalMask((T, T)) if case.mask.causal else masks.FullMask((T, T))
     kernel = splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([seen] * heads),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names.split(), block)),
+        block_sizes=splash.BlockSizes(**sizes),
         attn_logits_soft_cap=soft_cap,
     )
     grouped = jnp.moveaxis(q.reshape(*q.shape[:2], case.kv_heads, heads, q.shape[3]), 1, 3) * scale
     ids = None if segments is None else splash.SegmentIds(segments, segments)
     # Rows, then key/value heads.
     of_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-    out = jax.vmap(of_heads, in_axes=(0, 0, 0, None if ids is None else 0))(
+    out: Any = jax.vmap(of_heads, in_axes=(0, 0, 0, None if ids is None else 0))(
         grouped.astype(q.dtype), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), ids
     )
     return jnp.moveaxis(out, 3, 1).reshape(q.shape)

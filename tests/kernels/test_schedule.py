@@ -63,7 +63,7 @@ def test_the_schedule_is_the_committed_one(chip):
 
 @pytest.mark.slow
 def test_a_policy_that_keeps_the_named_results_runs_the_forward_pass_once():
-    def kernels_run(policy: Any) -> list[str | None]:
+    def kernels_run(policy: Any) -> list[str]:
         op = jax.checkpoint(functools.partial(attention, impl="tpu", chip="TPU v4"), policy=policy)
 
         def total(q: Any, k: Any, v: Any) -> Any:
