@@ -4,9 +4,10 @@
 
 One causal sequence, T=2048, 16 query heads and one key/value head of 256, bfloat16. Each kernel is compiled for the
 chip; the bundles (VLIW instructions) of its final listing are multiplied by how often each block of them runs on the
-busiest core. That counts no wait for memory or for the matrix units, so it ranks kernels and is not a time. The peers
-get the best of blocks 512 and 1024 (their default, 128, is several times slower); how often their blocks run follows
-from their grids: every step its head, every tile that the mask leaves its products, every row of tiles its ends.
+busiest core. That counts no wait for memory or for the matrix units (a figure can lie below the floor), so it ranks
+kernels and is not a time. The peers get the best of blocks 512 and 1024 (their default, 128, is several times slower);
+how often their blocks run follows from their grids: every step its head, every tile that the mask leaves its products,
+every row of tiles its ends.
 """
 
 from __future__ import annotations
