@@ -146,7 +146,7 @@ def test_nobody_imports_interop() -> None:
 @pytest.mark.parametrize(
     ("folder", "at_import", "in_functions"),
     [
-        ("pallas_kernels", {"jax", "numpy", "pallas_kernels"}, set()),
+        ("pallas_kernels", {"jax", "numpy", "pallas_kernels"}, {"tokamax"}),
         ("launch", {"launch"}, set()),
         ("tasks", {"numpy", "tasks"}, {"seqio", "tensorflow", "tensorflow_datasets", "zstandard"}),
     ],

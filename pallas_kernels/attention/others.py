@@ -53,7 +53,10 @@ def refusals(impl: str, case: Case, chip: str | None) -> list[str]:
 
 
 def run(impl: str, q: jax.Array, k: jax.Array, v: jax.Array, *, case: Case, **kwargs: Any) -> jax.Array:
-    """`attention` by the named implementation, which `refusals` has let pass. No log-sum-exp."""
+    """`attention` by the named implementation, which `refusals` has let pass. No log-sum-exp.
+
+    kwargs: scale, soft_cap and segments as in `attention`; block: of jax's TPU kernels, BLOCK by default.
+    """
     functions = {"cudnn": _cudnn, "jax_flash": _flash, "jax_splash": _splash, "tokamax": _tokamax}
     return functions[impl](q, k, v, case=case, **kwargs)
 
@@ -66,11 +69,13 @@ def _cudnn(q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, s
     )
 
 
-def _flash(q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, segments: Any) -> jax.Array:
+def _flash(
+    q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, segments: Any, block: int = BLOCK
+) -> jax.Array:
     del soft_cap
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    block = next(size for size in (BLOCK, 256, LANES) if case.length % size == 0)
+    block = next(size for size in (block, 256, LANES) if case.length % size == 0)
     names = (
         "block_q block_k_major block_k block_q_major_dkv block_k_major_dkv block_k_dkv block_q_dkv "
         "block_k_major_dq block_k_dq block_q_dq"
@@ -83,27 +88,30 @@ def _flash(q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, s
     return jnp.swapaxes(out, 1, 2)
 
 
-def _splash(q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, segments: Any) -> jax.Array:
+def _splash(
+    q: Any, k: Any, v: Any, *, case: Case, scale: float, soft_cap: Any, segments: Any, block: int = BLOCK
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, heads = case.length, case.heads // case.kv_heads
-    block = next(size for size in (BLOCK, 256, LANES) if T % size == 0)
+    block = next(size for size in (block, 256, LANES) if T % size == 0)
     names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute block_q_dq block_kv_dq"
+    sizes: dict[str, Any] = dict.fromkeys(names.split(), block)
     if case.mask.window is not None:
         seen: Any = masks.LocalMask((T, T), (case.mask.window - 1, 0), 0)
     else:
         seen = masks.CausalMask((T, T)) if case.mask.causal else masks.FullMask((T, T))
     kernel = splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([seen] * heads),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names.split(), block)),
+        block_sizes=splash.BlockSizes(**sizes),
         attn_logits_soft_cap=soft_cap,
     )
     grouped = jnp.moveaxis(q.reshape(*q.shape[:2], case.kv_heads, heads, q.shape[3]), 1, 3) * scale
     ids = None if segments is None else splash.SegmentIds(segments, segments)
     # Rows, then key/value heads.
     of_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-    out = jax.vmap(of_heads, in_axes=(0, 0, 0, None if ids is None else 0))(
+    out: Any = jax.vmap(of_heads, in_axes=(0, 0, 0, None if ids is None else 0))(
         grouped.astype(q.dtype), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), ids
     )
     return jnp.moveaxis(out, 3, 1).reshape(q.shape)

@@ -42,7 +42,8 @@ class Row:
 
 def as_tuning(entry: dict[str, Any]) -> Tuning:
     """A Tuning from its JSON form."""
-    return Tuning(**{key: Blocks(**value) if isinstance(value, dict) else value for key, value in entry.items()})
+    blocks: dict[str, Any] = {which: Blocks(**entry[which]) for which in ("forward", "backward")}
+    return Tuning(**{**entry, **blocks})
 
 
 def _row(entry: dict[str, Any]) -> Row:

@@ -141,7 +141,7 @@ def _attention_bwd(static: _Static, kept: Any, cotangents: Any) -> Any:
         some, bounds = static, (first, stop)
         if len(parts) > 1:
             some = dataclasses.replace(static, mask=None)
-            bounds = tuple(jnp.clip(x - begin, 0, end - begin) for x in bounds)
+            bounds = (jnp.clip(first - begin, 0, end - begin), jnp.clip(stop - begin, 0, end - begin))
         dtype = q.dtype if len(parts) == 1 else jnp.float32
         part, dk, dv = _backward_part(
             some, q, k[:, begin:end], v[:, begin:end], *bounds, slopes, offset - begin, do, lse, delta, dtype

@@ -123,9 +123,10 @@ class Plan:
         begin = block * self.tokens
         last = jnp.minimum(begin + self.tokens, self.length) - 1
         stops = (begin + 1, last + 1) if self.mask.causal else (self.length, self.length)
-        firsts = (0, 0)
+        firsts: tuple[Any, Any] = (0, 0)
         if self.mask.window is not None:
-            firsts = tuple(jnp.maximum(i - self.mask.window + 1, 0) for i in (begin, last))
+            back = self.mask.window - 1
+            firsts = (jnp.maximum(begin - back, 0), jnp.maximum(last - back, 0))
         return chunk_bounds(*firsts, *stops, self.keys)
 
 

@@ -4,14 +4,18 @@ one.
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside another test process that compiles
 
 from pallas_kernels import aot, schedule
-from pallas_kernels.attention import Case, Mask, bundles, table, tpu_backward, tpu_forward
+from pallas_kernels.attention import KEPT, Case, Mask, attention, bundles, table, tpu_backward, tpu_forward
 
 GOALS = {
     ("TPU v4", "forward"): 185_000,
@@ -55,6 +59,24 @@ def test_the_schedule_is_the_committed_one(chip):
     for which, committed in (("forward", row.forward_cost), ("backward", row.backward_cost)):
         assert committed is not None
         assert abs(found[which] - committed) <= 0.03 * committed, f"{which}: {found[which]}, committed {committed}"
+
+
+@pytest.mark.slow
+def test_a_policy_that_keeps_the_named_results_runs_the_forward_pass_once():
+    def kernels_run(policy: Any) -> list[str]:
+        op = jax.checkpoint(functools.partial(attention, impl="tpu", chip="TPU v4"), policy=policy)
+
+        def total(q: Any, k: Any, v: Any) -> Any:
+            return jnp.sum(jnp.square(op(q, k, v)))
+
+        q, k = (jax.ShapeDtypeStruct((1, 256, heads, 128), "bfloat16") for heads in (2, 1))
+        text = aot.compile_for("TPU v4", jax.grad(total, argnums=(0, 1, 2)), [q, k, k]).as_text()
+        calls = [line for line in text.splitlines() if "tpu_custom_call" in line and "palmjax" in line]
+        return sorted(str(schedule.kernel_in(line)) for line in calls)
+
+    forward, backward = tpu_forward.NAME, tpu_backward.NAME
+    assert kernels_run(None) == [backward, forward, forward]
+    assert kernels_run(jax.checkpoint_policies.save_only_these_names(*KEPT)) == [backward, forward]
 
 
 def test_the_table_holds_the_goals():
