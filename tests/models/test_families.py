@@ -56,9 +56,8 @@ def test_bert_equals_the_paper_with_sentences_and_padding():
     params, batch = parameters(BERT), batch_of()
     types = (np.arange(20) >= 9).astype(np.int32)
     real = np.arange(20) < 13
-    batch = dataclasses.replace(
-        batch, token_types=np.stack([types, types]), segments=np.stack([np.ones(20, np.int32), real.astype(np.int32)])
-    )
+    batch = dataclasses.replace(batch, segments=np.stack([np.ones(20, np.int32), real.astype(np.int32)]))
+    batch = batch.marked(token_types=np.stack([types, types]))
     got = logits_of(BERT, params, batch)
     assert_close(got[0], oracle.forward(BERT, params, batch.tokens[0], types=types))
     assert_close(got[1, :13], oracle.forward(BERT, params, batch.tokens[1, :13], types=types[:13]))
@@ -70,7 +69,7 @@ def test_a_prefix_is_seen_by_its_whole_segment(family):
     params, batch = parameters(config), batch_of()
     prefix = np.zeros((2, 20), np.int32)
     prefix[0, :8], prefix[1, :15] = 1, 1
-    got = logits_of(config, params, dataclasses.replace(batch, prefix=prefix))[..., : config.vocab_size]
+    got = logits_of(config, params, batch.marked(prefix=prefix))[..., : config.vocab_size]
     for row in range(2):
         want = oracle.forward(config, params, batch.tokens[row], prefix=prefix[row])
         assert_close(got[row], want[:, : config.vocab_size])
@@ -95,7 +94,7 @@ def test_a_prompt_read_as_a_prefix_gives_the_logits_of_the_full_forward_pass(fam
     model, params, batch = config.build(), parameters(config), batch_of(rows=3)
     lengths = np.array([1, 5, 9], np.int32)
     prefix = (np.arange(20) < lengths[:, None]).astype(np.int32)
-    full = logits_of(config, params, dataclasses.replace(batch, prefix=prefix))
+    full = logits_of(config, params, batch.marked(prefix=prefix))
     prefill, extend = jax.jit(model.prefill, static_argnames="as_prefix"), jax.jit(model.extend)
     logits, cache = prefill(params, batch.tokens[:, :9], lengths, model.init_cache(3, 20), as_prefix=True)
     np.testing.assert_allclose(logits, full[np.arange(3), lengths - 1], rtol=1e-4, atol=1e-4)
