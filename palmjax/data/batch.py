@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -30,8 +30,6 @@ class Batch:
     weights: float32, the weight of each target in the loss: 0 on padding and on tokens that are only conditioned on.
     segments: int32, 1, 2, ... for the documents packed in a row, 0 on padding. Attention stays inside a segment.
     positions: int32, counted from each segment's start; 0 on padding.
-    prefix: int32, 1 on inputs that all of their segment's tokens see (prefix language models), or None for none.
-    token_types: int32, kinds of tokens (BERT's first and second sentence), or None for all 0.
     """
 
     tokens: Any
@@ -39,8 +37,27 @@ class Batch:
     weights: Any
     segments: Any
     positions: Any
-    prefix: Any = None
-    token_types: Any = None
+    # Behind the fields: dataclasses keeps their places for the fields of these names in MarkedBatch.
+    prefix: ClassVar[Any] = None
+    token_types: ClassVar[Any] = None
+
+    def marked(self, *, prefix: Any = None, token_types: Any = None) -> MarkedBatch:
+        """The batch with marks on its tokens."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Batch)}
+        return MarkedBatch(**fields, prefix=prefix, token_types=token_types)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MarkedBatch(Batch):
+    """A batch whose tokens are marked; None where there is no such mark.
+
+    prefix: int32 [rows, length], 1 on inputs that all of their segment's tokens see (prefix language models).
+    token_types: int32 [rows, length], kinds of tokens (BERT's first and second sentence), all 0 if None.
+    """
+
+    prefix: Any = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    token_types: Any = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class RowLayout(abc.ABC):
@@ -181,7 +198,7 @@ class _PrefixRows(_DocumentRows):
         # What is read at a place is the target before it; the first place of a segment reads BOS.
         read = np.pad(is_input, ((0, 0), (1, 0)))[:, :-1]
         prefix = np.where(batch.positions == 0, is_input, read) & (batch.segments > 0)
-        return dataclasses.replace(batch, prefix=prefix.astype(np.int32))
+        return batch.marked(prefix=prefix.astype(np.int32))
 
 
 @section
@@ -251,7 +268,7 @@ def abstract_batch(packing: PackingPart, rows: int, length: int, sharding: Any) 
     """Shapes of a packing's batches, ShapeDtypeStructs laid out by `sharding`."""
     ids, weights = (jax.ShapeDtypeStruct((rows, length), t, sharding=sharding) for t in (np.int32, np.float32))
     batch = Batch(tokens=ids, targets=ids, weights=weights, segments=ids, positions=ids)
-    return dataclasses.replace(batch, **dict.fromkeys(packing.batch_fields, ids))
+    return batch.marked(**dict.fromkeys(packing.batch_fields, ids)) if packing.batch_fields else batch
 
 
 def next_fit(ends: np.ndarray, length: int) -> np.ndarray:
