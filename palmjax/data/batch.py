@@ -175,8 +175,10 @@ class PackPrefixes(PackDocuments):
 
 
 class _PrefixRows(_DocumentRows):
-    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
-        batch = super().batch(targets, weights, starts, stops)
+    def batch(
+        self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray, bos: int = 0
+    ) -> Batch:
+        batch = super().batch(targets, weights, starts, stops, bos)
         # How many targets with loss there are in a row up to each, and how many before its segment began.
         counted = np.cumsum(batch.weights > 0, axis=1, dtype=np.int32)
         earlier = np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
@@ -229,7 +231,9 @@ class _PairRows(RowLayout):
     def boundaries(self, starts: np.ndarray, stops: np.ndarray) -> None:
         return None
 
-    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
+    def batch(
+        self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray, bos: int = 0
+    ) -> Batch:
         shape = (len(targets), self.length)
         read, wanted, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):

@@ -322,7 +322,7 @@ def test_tensors_without_the_prefix_and_with_buffers_of_old_versions(tmp_path):
         tensors["lm_head.weight"] = tensors["wte.weight"]
         for layer in range(2):
             tensors[f"h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 128, 128), np.uint8))
-            tensors[f"h.{layer}.attn.masked_bias"] = np.float32(-1e4)
+            tensors[f"h.{layer}.attn.masked_bias"] = np.full((), -1e4, np.float32)
 
     rewritten(tmp_path / "theirs", old)
     convert.from_huggingface(tmp_path / "theirs", tmp_path / "old")
