@@ -4,7 +4,8 @@ A store is one flat stream of tokens: documents, each ended by EOS, one behind t
 of that stream, padded to the sequence length T. A `PackingPart` says where the rows begin; its `build` gives a
 `RowLayout`, which finds any row by its number and turns the tokens read there into a `Batch`.
 
-Conventions are T5X's: pad = 0, BOS = 0, EOS = 1; decoder inputs are the targets shifted right by one.
+Conventions are T5X's: pad = 0, BOS = 0, EOS = 1, where a vocabulary does not bring its own; decoder inputs are the
+targets shifted right by one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from palmjax.config import ConfigError, PackingPart, section
 class Batch:
     """Rows for one step. Every field is [rows, length]; the leaves are numpy arrays or (global) `jax.Array`s.
 
-    tokens: int32, decoder inputs: targets shifted right, 0 (BOS) where a row or a packed segment starts and on padding.
+    tokens: int32, decoder inputs: targets shifted right, BOS where a row or a packed segment starts, 0 on padding.
     targets: int32, 0 on padding.
     weights: float32, the weight of each target in the loss: 0 on padding and on tokens that are only conditioned on.
     segments: int32, 1, 2, ... for the documents packed in a row, 0 on padding. Attention stays inside a segment.
@@ -84,11 +85,13 @@ class RowLayout(abc.ABC):
     def boundaries(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """(row, column) pairs, int [k] each, at which a new segment begins inside the rows; None if none ever does."""
 
-    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
+    def batch(
+        self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray, bos: int = 0
+    ) -> Batch:
         """The Batch of n rows that were read at [starts, stops).
 
         targets: int32 [n, stream_length], zero behind each row's last token. weights: uint8 [n, stream_length] or None
-        for all ones.
+        for all ones. bos: the id that rows and segments begin with.
         """
         column = np.arange(self.length, dtype=np.int32)
         real = column < (stops - starts)[:, None]
@@ -103,7 +106,8 @@ class RowLayout(abc.ABC):
             positions = (column - np.maximum.accumulate(column * begins, axis=1)) * real
         tokens = np.zeros_like(targets)
         tokens[:, 1:] = targets[:, :-1]
-        tokens[positions == 0] = 0
+        tokens[positions == 0] = bos
+        tokens[~real] = 0
         loss_weights = real.astype(np.float32)
         if weights is not None:
             loss_weights *= weights
@@ -188,8 +192,10 @@ class PackPrefixes(PackDocuments):
 
 
 class _PrefixRows(_DocumentRows):
-    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
-        batch = super().batch(targets, weights, starts, stops)
+    def batch(
+        self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray, bos: int = 0
+    ) -> Batch:
+        batch = super().batch(targets, weights, starts, stops, bos)
         # How many targets with loss there are in a row up to each, and how many before its segment began.
         counted = np.cumsum(batch.weights > 0, axis=1, dtype=np.int32)
         earlier = np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
@@ -242,7 +248,9 @@ class _PairRows(RowLayout):
     def boundaries(self, starts: np.ndarray, stops: np.ndarray) -> None:
         return None
 
-    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
+    def batch(
+        self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray, bos: int = 0
+    ) -> Batch:
         shape = (len(targets), self.length)
         read, wanted, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):

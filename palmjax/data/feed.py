@@ -176,7 +176,7 @@ class Dataset:
             if mine.size or (number == 0 and not source.size):
                 starts, stops = layout.spans(row[mine])
                 targets, weights = store.read(starts, stops, layout.stream_length)
-                parts.append(layout.batch(targets, weights, starts, stops))
+                parts.append(layout.batch(targets, weights, starts, stops, self.vocabulary.bos_id))
                 order.append(mine)
         if len(parts) == 1:
             return parts[0]
