@@ -147,8 +147,10 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = No
     x = jax.sharding.reshard(x, _as_spec([wanted(d) for d in x_dims]))
     w = jax.sharding.reshard(w, _as_spec([wanted(d) for d in w_dims]))
     spec = _as_spec(dims)
-    if partial and busy:
-        spec = PartitionSpec(*_as_spec([tuple(a for a in dim if a not in busy) for dim in dims]), unreduced=busy)
+    # A sum over axes of size one is whole already.
+    parts = frozenset(axis for axis in busy if (_active_sizes() or {}).get(axis, 1) > 1)
+    if partial and parts:
+        spec = PartitionSpec(*_as_spec([tuple(a for a in dim if a not in parts) for dim in dims]), unreduced=parts)
     return jnp.einsum(equation, x, w, out_sharding=spec, preferred_element_type=dtype)
 
 
