@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,6 +162,13 @@ def total(parts: Sequence[jax.Array], axes: Axes) -> jax.Array:
     if _active_sizes() is None or len({jax.typeof(part).sharding.spec.unreduced for part in parts}) == 1:
         return constrain(functools.reduce(operator.add, parts), axes)
     return functools.reduce(operator.add, [constrain(part, axes) for part in parts])
+
+
+def is_partial(inputs: Sequence[Any], params: Mapping[str, Any]) -> bool:
+    """Whether a traced operation works on partial sums or makes them: for policies that choose what to keep."""
+    made = params.get("out_sharding") or params.get("sharding")
+    kinds = [made, *(getattr(x, "sharding", None) for x in inputs)]
+    return any(getattr(getattr(kind, "spec", None), "unreduced", None) for kind in kinds)
 
 
 def _current(letters: str, x: jax.Array) -> dict[str, tuple[str, ...]]:
