@@ -1,7 +1,8 @@
 """A Hugging Face checkpoint of 1 GB to palmjax and back, beside a plain copy of it: `python -m benchmarks.convert`.
 
-The model is LLaMA's layout in float32, so that as many bytes are written as read. Each figure is the best of three, the
-copy too, with everything flushed to the disk; prints the ratios.
+The model is LLaMA's layout in float32, so that as many bytes are written as read. Copy and conversions run in turns,
+each until everything is on the disk; prints the best of each, the ratios, and CPU-seconds, which a busy machine changes
+less.
 """
 
 from __future__ import annotations
@@ -48,37 +49,42 @@ def make(folder: Path, layers: int) -> int:
     return sum(tensor.nbytes for tensor in placed.values())
 
 
-def best(work: Callable[[Path], object], target: Path, times: int) -> float:
-    """Seconds of the fastest run of `work`, flushed to the disk; what it wrote last is kept."""
-    seconds = []
-    for _ in range(times):
-        shutil.rmtree(target, ignore_errors=True)
-        os.sync()
-        began = time.perf_counter()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            work(target)
-        os.sync()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def timed(work: Callable[[Path], object], target: Path) -> tuple[float, float]:
+    """Seconds of `work` until what it wrote into `target` is on the disk, and CPU-seconds of this process."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.sync()
+    began, spent = time.perf_counter(), time.process_time()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        work(target)
+    os.sync()
+    return time.perf_counter() - began, time.process_time() - spent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
     parser.add_argument("--layers", type=int, default=17, help="17 make 1.0 GB")
     parser.add_argument("--folder", help="where to write 4 GB (a temporary folder)")
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         place = Path(name)
-        size = make(place / "source", options.layers)
-        copy = best(lambda target: shutil.copytree(place / "source", target), place / "copy", options.times)
-        here = best(lambda target: convert.from_huggingface(place / "source", target), place / "here", options.times)
-        back = best(lambda target: convert.to_huggingface(str(place / "here"), target), place / "back", options.times)
-        print(f"{size / 1e9:.2f} GB of float32, {options.layers} layers of LLaMA's layout")
-        for what, seconds in (("plain copy", copy), ("to palmjax", here), ("to transformers", back)):
-            ratio = f"x{seconds / copy:.2f} of the copy" if what != "plain copy" else ""
-            print(f"{what:16} {seconds:6.2f} s  {size / seconds / 1e6:6,.0f} MB/s  {ratio}")
+        source, here = place / "source", place / "here"
+        size = make(source, options.layers)
+        works: dict[str, tuple[Callable[[Path], object], Path]] = {
+            "plain copy": (lambda target: shutil.copytree(source, target), place / "copy"),
+            "to palmjax": (lambda target: convert.from_huggingface(source, target), here),
+            "to transformers": (lambda target: convert.to_huggingface(str(here), target), place / "back"),
+        }
+        seconds: dict[str, list[tuple[float, float]]] = {what: [] for what in works}
+        for _ in range(options.rounds):  # in turns, so that a busy moment of the machine meets all of them
+            for what, (work, target) in works.items():
+                seconds[what].append(timed(work, target))
+        print(f"{size / 1e9:.2f} GB of float32, {options.layers} layers of LLaMA's layout; best of {options.rounds}")
+        fastest = {what: min(times) for what, times in seconds.items()}
+        for what, (best, cpu) in fastest.items():
+            ratio = f"x{best / fastest['plain copy'][0]:.2f} of the copy" if what != "plain copy" else ""
+            print(f"{what:16} {best:6.2f} s  {size / best / 1e6:6,.0f} MB/s  {cpu:5.2f} CPU-s  {ratio}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class LossPart(Part):
 class PackingPart(Part):
     """How a token stream becomes rows of fixed length (`palmjax.data.batch`).
 
-    batch_fields: of `Batch`, those that its batches have beyond the ones that all have. shifted: whether what is read
+    batch_fields: marks that its batches have (`data.batch.MarkedBatch`). shifted: whether what is read
     is the targets shifted by one, so that only causal attention may be trained on it.
     """
 

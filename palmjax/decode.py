@@ -218,13 +218,6 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
         raise ConfigError(f"seed = {seed}: must be from 0 to {(1 << 32) - 1}")
     if not model.config.attention.causal:
         raise ConfigError("Attention.causal = False: an encoder has no next token to continue a prompt with")
-    longest, most = 1 + max(map(len, prompts)) + max_new_tokens, model.config.max_length
-    # The last new token is never read.
-    if most is not None and longest - 1 > most:
-        raise ConfigError(
-            f"a prompt and {max_new_tokens} new tokens make a row of {longest:,} tokens; the model has learned "
-            f"{most:,} positions (LearnedPositions.length): ask for fewer, or cut the prompt"
-        )
     vocab_size = model.config.vocab_size
     for row, prompt in enumerate(prompts):
         for token in prompt:
@@ -232,7 +225,8 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
                 raise ConfigError(f"prompt {row} has token {token}; the model's ids are 0 to {vocab_size - 1}")
         if not prompt:
             raise ConfigError(f"prompt {row} is empty, and no BOS is put before it")
-        if (longest := model.config.max_length) is not None and len(prompt) + max_new_tokens > longest:
+        # The last new token is never read.
+        if (longest := model.config.max_length) is not None and len(prompt) + max_new_tokens - 1 > longest:
             raise ConfigError(
                 f"prompt {row} has {len(prompt)} tokens; with max_new_tokens = {max_new_tokens} it passes the "
                 f"{longest} positions that the model has"

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -111,7 +113,7 @@ def constrain(x: jax.Array, axes: Axes, where: str = "activation") -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
-def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = None) -> jax.Array:
+def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = None, partial: bool = False) -> jax.Array:
     """`jnp.einsum` of two operands, multiplied in `x.dtype`, with the result laid out by the logical axes `out`.
 
     dtype: of the result, `x.dtype` by default; float32 keeps what the products are accumulated in.
@@ -119,6 +121,9 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = No
     What each operand must look like follows from `out`: a kept dimension has the result's layout, and a contracted one
     stays sharded only if both operands agree on it (tensor parallelism's row-wise product). So a weight sharded over
     `fsdp` is gathered here, in the compute dtype, and its gradient is scattered back by the transpose.
+
+    partial: where the sum runs over a mesh axis, leave each device its part of it (`total` adds them up, once for
+    several results).
     """
     w = w.astype(x.dtype)
     operands, result = equation.split("->")
@@ -141,7 +146,20 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = No
 
     x = jax.sharding.reshard(x, _as_spec([wanted(d) for d in x_dims]))
     w = jax.sharding.reshard(w, _as_spec([wanted(d) for d in w_dims]))
-    return jnp.einsum(equation, x, w, out_sharding=_as_spec(dims), preferred_element_type=dtype)
+    spec = _as_spec(dims)
+    if partial and busy:
+        spec = PartitionSpec(*_as_spec([tuple(a for a in dim if a not in busy) for dim in dims]), unreduced=busy)
+    return jnp.einsum(equation, x, w, out_sharding=spec, preferred_element_type=dtype)
+
+
+def total(parts: Sequence[jax.Array], axes: Axes) -> jax.Array:
+    """The sum of arrays of one shape, some of which may be `partial` sums, laid out by the logical axes `axes`.
+
+    Where all are parts over the same mesh axes, they are added first and reduced once.
+    """
+    if _active_sizes() is None or len({jax.typeof(part).sharding.spec.unreduced for part in parts}) == 1:
+        return constrain(functools.reduce(operator.add, parts), axes)
+    return functools.reduce(operator.add, [constrain(part, axes) for part in parts])
 
 
 def _current(letters: str, x: jax.Array) -> dict[str, tuple[str, ...]]:

@@ -132,7 +132,10 @@ def train(experiment: Experiment, description: Description = _NO_TEXT, clock: St
                 is_primary=jax.process_index() == 0,
             )
         )
-        for line in (f"{cost.parameters:,} parameters on {_mesh_text(placed)}", dataset.describe()):
+        size = f"{cost.parameters:,} parameters"
+        if cost.active_parameters != cost.parameters:
+            size += f", {cost.active_parameters:,} of them a token,"
+        for line in (f"{size} on {_mesh_text(placed)}", dataset.describe()):
             recorder.message(line)
         recorder.message(f"from {start.origin}, step {first}")
         recorder.event("start", step=first, origin=start.origin, mesh=axes, code=provenance.code_version())

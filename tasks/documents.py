@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from tasks import huggingface
 from tasks.objectives import Objective
 
 SHARD_BYTES = 16 << 20
@@ -141,11 +142,18 @@ def shards(files: Sequence[str]) -> list[list[str]]:
 
 
 def vocabulary(sentencepiece_model: str | None, extra_ids: int = 0) -> Any:
-    """The seqio vocabulary: bytes if there is no SentencePiece model. extra_ids: ids added behind its own."""
+    """The seqio vocabulary: bytes if there is no model; a Hugging Face tokenizer if it is a tokenizer.json.
+
+    extra_ids: ids added behind its own. Raises ValueError for a tokenizer.json, which has no room for them.
+    """
     import seqio
 
     if sentencepiece_model is None:
         return seqio.ByteVocabulary(extra_ids=extra_ids)
+    if sentencepiece_model.endswith(".json"):
+        if extra_ids:
+            raise ValueError(f"{sentencepiece_model} has no room for the {extra_ids} ids that the objective adds")
+        return huggingface.vocabulary(os.path.expanduser(sentencepiece_model))
     return seqio.SentencePieceVocabulary(os.path.expanduser(sentencepiece_model), extra_ids=extra_ids)
 
 
@@ -153,7 +161,9 @@ def model_state(sentencepiece_model: str | None) -> list[Any]:
     """What decides a vocabulary. Raises FileNotFoundError if there is no such model."""
     if sentencepiece_model is None:
         return []
-    return file_state([sentencepiece_model])
+    beside = [os.path.join(os.path.dirname(sentencepiece_model), name) for name in huggingface.BESIDE]
+    named = [path for path in beside if sentencepiece_model.endswith(".json") and os.path.exists(path)]
+    return file_state([sentencepiece_model, *named])
 
 
 def register_source(

@@ -2,20 +2,20 @@
 
 An objective is a value of a task, such as `JsonLines.objective = @SpanCorruption()`. It makes `inputs`, which carry no
 loss, and `targets` from a document's tokens; a decoder reads them one behind the other (`PackPrefixes` lets a whole
-segment see its inputs). Random choices depend on seqio's seed and the example's number only. Imports numpy; seqio and
-TensorFlow inside functions.
+segment see its inputs). Random choices depend on seqio's seed and the example's number only. What is done to a piece
+is in `tasks.corruption`; that, seqio and TensorFlow are imported inside functions.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-Example = dict[str, np.ndarray]
-"""int32 token ids by feature."""
+    from tasks.corruption import Example
 
 
 class Objective(abc.ABC):
@@ -46,6 +46,8 @@ class Objective(abc.ABC):
         @seqio.map_over_dataset(num_seeds=1)
         def corrupt(example: Any, seed: Any) -> Any:
             def run(tokens: np.ndarray, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                import numpy as np
+
                 made = self.example(tokens, np.random.default_rng(seed.astype(np.uint32)), vocabulary)
                 return made["inputs"].astype(np.int32), made["targets"].astype(np.int32)
 
@@ -63,11 +65,6 @@ def _check_length(objective: Objective) -> None:
         raise ValueError(f"{type(objective).__name__}.length is {objective.length}; a piece has 2 tokens or more")
 
 
-def sentinel(vocabulary: Any, number: int) -> int:
-    """The id of sentinel `number`: the vocabulary's last ids, counted down (T5's <extra_id_0> is the last)."""
-    return int(vocabulary.vocab_size) - 1 - number
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixLM(Objective):
     """A piece cut at a random place: its head is conditioned on, its tail predicted (Raffel et al. 2020, 3.2.1)."""
@@ -79,43 +76,9 @@ class PrefixLM(Objective):
         _check_length(self)
 
     def example(self, tokens: np.ndarray, rng: np.random.Generator, vocabulary: Any) -> Example:
-        place = int(rng.integers(1, len(tokens)))
-        return {"inputs": tokens[:place], "targets": tokens[place:]}
+        from tasks import corruption
 
-
-def noise_spans(length: int, density: float, mean_span: float, rng: np.random.Generator) -> np.ndarray:
-    """Which tokens are noise, bool [length]: spans of `mean_span` tokens on average that cover `density` of them.
-
-    Spans of noise and of text take turns, text first, and each division in spans is as likely as any other, so that
-    no two spans of noise touch (Raffel et al. 2020, section 3.1.4).
-    """
-    noise = min(max(round(length * density), 1), length - 1)
-    spans = min(max(round(noise / mean_span), 1), noise, length - noise)
-
-    def divided(total: int) -> np.ndarray:
-        ends = np.sort(rng.choice(total - 1, spans - 1, replace=False)) + 1
-        return np.diff(np.concatenate([[0], ends, [total]]))
-
-    lengths = np.stack([divided(length - noise), divided(noise)], axis=1).ravel()
-    return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
-
-
-def corrupt_spans(tokens: np.ndarray, noise: np.ndarray, vocabulary: Any, extra_ids: int) -> Example:
-    """T5's span corruption: inputs are the text with a sentinel for each span of noise; targets are the spans, each
-    behind its sentinel, and a final sentinel. Raises ValueError if that takes more sentinels than there are.
-    """
-    edges = np.diff(np.concatenate([[False], noise, [False]]).astype(np.int8))
-    starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    if len(starts) + 1 > extra_ids:
-        raise ValueError(f"{len(starts)} spans need {len(starts) + 1} sentinels, and extra_ids is {extra_ids}")
-    inputs, targets, before = [], [], 0
-    for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-        mark = np.asarray([sentinel(vocabulary, number)], tokens.dtype)
-        inputs += [tokens[before:start], mark]
-        targets += [mark, tokens[start:stop]]
-        before = stop
-    final = np.asarray([sentinel(vocabulary, len(starts))], tokens.dtype)
-    return {"inputs": np.concatenate([*inputs, tokens[before:]]), "targets": np.concatenate([*targets, final])}
+        return corruption.split_at(tokens, int(rng.integers(1, len(tokens))))
 
 
 def _check_noise(part: Any) -> None:
@@ -139,8 +102,10 @@ class SpanCorruption(Objective):
         _check_noise(self)
 
     def example(self, tokens: np.ndarray, rng: np.random.Generator, vocabulary: Any) -> Example:
-        noise = noise_spans(len(tokens), self.noise_density, self.mean_span, rng)
-        return corrupt_spans(tokens, noise, vocabulary, self.extra_ids)
+        from tasks import corruption
+
+        noise = corruption.noise_spans(len(tokens), self.noise_density, self.mean_span, rng)
+        return corruption.corrupt_spans(tokens, noise, vocabulary, self.extra_ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,16 +159,20 @@ class MixtureOfDenoisers(Objective):
             raise ValueError("MixtureOfDenoisers.denoisers is empty")
 
     def example(self, tokens: np.ndarray, rng: np.random.Generator, vocabulary: Any) -> Example:
+        import numpy as np
+
+        from tasks import corruption
+
         shares = np.asarray([one.share for one in self.denoisers])
         chosen = self.denoisers[int(rng.choice(len(shares), p=shares / shares.sum()))]
         if chosen.mean_span is None:
             # Uniform from one token to twice the mean, as the paper's S-denoiser is a random prefix.
             most = min(max(round(2 * chosen.noise_density * len(tokens)), 1), len(tokens) - 1)
             place = len(tokens) - int(rng.integers(1, most + 1))
-            made = {"inputs": tokens[:place], "targets": tokens[place:]}
+            made = corruption.split_at(tokens, place)
         else:
-            noise = noise_spans(len(tokens), chosen.noise_density, chosen.mean_span, rng)
-            made = corrupt_spans(tokens, noise, vocabulary, self.extra_ids)
+            noise = corruption.noise_spans(len(tokens), chosen.noise_density, chosen.mean_span, rng)
+            made = corruption.corrupt_spans(tokens, noise, vocabulary, self.extra_ids)
         mode = np.asarray(vocabulary.encode(chosen.mode) if chosen.mode else [], tokens.dtype)
         return made | {"inputs": np.concatenate([mode, made["inputs"]])}
 
@@ -227,12 +196,8 @@ class MaskedLM(Objective):
             raise ValueError(f"MaskedLM.mask_rate is {self.mask_rate}; it must be between 0 and 1")
 
     def example(self, tokens: np.ndarray, rng: np.random.Generator, vocabulary: Any) -> Example:
-        count = min(max(round(self.mask_rate * len(tokens)), 1), len(tokens))
-        chosen = np.sort(rng.choice(len(tokens), count, replace=False))
-        fate = rng.random(count)
-        first, last = 3, int(vocabulary.vocab_size) - self.extra_ids  # behind pad, EOS and UNK; before the extra ids
-        strangers = rng.integers(first, last, count)
-        inputs, targets = tokens.copy(), np.zeros_like(tokens)
-        targets[chosen] = tokens[chosen]
-        inputs[chosen] = np.where(fate < 0.8, sentinel(vocabulary, 0), np.where(fate < 0.9, strangers, tokens[chosen]))
-        return {"inputs": inputs, "targets": targets}
+        from tasks import corruption
+
+        mask, last = corruption.sentinel(vocabulary, 0), int(vocabulary.vocab_size) - self.extra_ids
+        # Strangers come from behind pad, EOS and UNK, and from before the extra ids.
+        return corruption.mask_tokens(tokens, self.mask_rate, rng, mask=mask, first=3, last=last)

@@ -15,7 +15,8 @@ class TextFiles:
 
     paths: a pattern, such as "/data/books/**/*.txt", or several. validation_paths: those of the split `validation`;
     without them `validation_share` of the documents is held out by a hash of their content (0: there is no such split).
-    lines: every line that is not empty is a document. sentencepiece_model: path of a model; None: bytes.
+    lines: every line that is not empty is a document. sentencepiece_model: path of a model, or of a Hugging Face
+    tokenizer.json; None: bytes.
     objective: of `tasks.objectives`; None: every token is predicted from those before it.
     """
 

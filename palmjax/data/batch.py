@@ -4,7 +4,8 @@ A store is one flat stream of tokens: documents, each ended by EOS, one behind t
 of that stream, padded to the sequence length T. A `PackingPart` says where the rows begin; its `build` gives a
 `RowLayout`, which finds any row by its number and turns the tokens read there into a `Batch`.
 
-Conventions are T5X's: pad = 0, BOS = 0, EOS = 1; decoder inputs are the targets shifted right by one.
+Conventions are T5X's: pad = 0, BOS = 0, EOS = 1, where a vocabulary does not bring its own; decoder inputs are the
+targets shifted right by one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -25,13 +26,11 @@ from palmjax.config import ConfigError, PackingPart, section
 class Batch:
     """Rows for one step. Every field is [rows, length]; the leaves are numpy arrays or (global) `jax.Array`s.
 
-    tokens: int32, decoder inputs: targets shifted right, 0 (BOS) where a row or a packed segment starts and on padding.
+    tokens: int32, decoder inputs: targets shifted right, BOS where a row or a packed segment starts, 0 on padding.
     targets: int32, 0 on padding.
     weights: float32, the weight of each target in the loss: 0 on padding and on tokens that are only conditioned on.
     segments: int32, 1, 2, ... for the documents packed in a row, 0 on padding. Attention stays inside a segment.
     positions: int32, counted from each segment's start; 0 on padding.
-    prefix: int32, 1 on inputs that all of their segment's tokens see (prefix language models), or None for none.
-    token_types: int32, kinds of tokens (BERT's first and second sentence), or None for all 0.
     """
 
     tokens: Any
@@ -39,8 +38,27 @@ class Batch:
     weights: Any
     segments: Any
     positions: Any
-    prefix: Any = None
-    token_types: Any = None
+    # Behind the fields: dataclasses keeps their places for the fields of these names in MarkedBatch.
+    prefix: ClassVar[Any] = None
+    token_types: ClassVar[Any] = None
+
+    def marked(self, *, prefix: Any = None, token_types: Any = None) -> MarkedBatch:
+        """The batch with marks on its tokens."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Batch)}
+        return MarkedBatch(**fields, prefix=prefix, token_types=token_types)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MarkedBatch(Batch):
+    """A batch whose tokens are marked; None where there is no such mark.
+
+    prefix: int32 [rows, length], 1 on inputs that all of their segment's tokens see (prefix language models).
+    token_types: int32 [rows, length], kinds of tokens (BERT's first and second sentence), all 0 if None.
+    """
+
+    prefix: Any = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    token_types: Any = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class RowLayout(abc.ABC):
@@ -67,11 +85,13 @@ class RowLayout(abc.ABC):
     def boundaries(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """(row, column) pairs, int [k] each, at which a new segment begins inside the rows; None if none ever does."""
 
-    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
+    def batch(
+        self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray, bos: int = 0
+    ) -> Batch:
         """The Batch of n rows that were read at [starts, stops).
 
         targets: int32 [n, stream_length], zero behind each row's last token. weights: uint8 [n, stream_length] or None
-        for all ones.
+        for all ones. bos: the id that rows and segments begin with.
         """
         column = np.arange(self.length, dtype=np.int32)
         real = column < (stops - starts)[:, None]
@@ -86,7 +106,8 @@ class RowLayout(abc.ABC):
             positions = (column - np.maximum.accumulate(column * begins, axis=1)) * real
         tokens = np.zeros_like(targets)
         tokens[:, 1:] = targets[:, :-1]
-        tokens[positions == 0] = 0
+        tokens[positions == 0] = bos
+        tokens[~real] = 0
         loss_weights = real.astype(np.float32)
         if weights is not None:
             loss_weights *= weights
@@ -171,8 +192,10 @@ class PackPrefixes(PackDocuments):
 
 
 class _PrefixRows(_DocumentRows):
-    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
-        batch = super().batch(targets, weights, starts, stops)
+    def batch(
+        self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray, bos: int = 0
+    ) -> Batch:
+        batch = super().batch(targets, weights, starts, stops, bos)
         # How many targets with loss there are in a row up to each, and how many before its segment began.
         counted = np.cumsum(batch.weights > 0, axis=1, dtype=np.int32)
         earlier = np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
@@ -181,7 +204,7 @@ class _PrefixRows(_DocumentRows):
         # What is read at a place is the target before it; the first place of a segment reads BOS.
         read = np.pad(is_input, ((0, 0), (1, 0)))[:, :-1]
         prefix = np.where(batch.positions == 0, is_input, read) & (batch.segments > 0)
-        return dataclasses.replace(batch, prefix=prefix.astype(np.int32))
+        return batch.marked(prefix=prefix.astype(np.int32))
 
 
 @section
@@ -225,7 +248,9 @@ class _PairRows(RowLayout):
     def boundaries(self, starts: np.ndarray, stops: np.ndarray) -> None:
         return None
 
-    def batch(self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> Batch:
+    def batch(
+        self, targets: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, stops: np.ndarray, bos: int = 0
+    ) -> Batch:
         shape = (len(targets), self.length)
         read, wanted, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
@@ -251,7 +276,7 @@ def abstract_batch(packing: PackingPart, rows: int, length: int, sharding: Any) 
     """Shapes of a packing's batches, ShapeDtypeStructs laid out by `sharding`."""
     ids, weights = (jax.ShapeDtypeStruct((rows, length), t, sharding=sharding) for t in (np.int32, np.float32))
     batch = Batch(tokens=ids, targets=ids, weights=weights, segments=ids, positions=ids)
-    return dataclasses.replace(batch, **dict.fromkeys(packing.batch_fields, ids))
+    return batch.marked(**dict.fromkeys(packing.batch_fields, ids)) if packing.batch_fields else batch
 
 
 def next_fit(ends: np.ndarray, length: int) -> np.ndarray:

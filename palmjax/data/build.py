@@ -21,6 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from palmjax.data import index, workers
 from palmjax.data.index import Source
 from palmjax.data.progress import BuildProgress
 from palmjax.data.store import FORMAT, Folder, PartWriter, is_complete, part_name, write_manifest
-from palmjax.data.vocabulary import Bytes, PassThrough, SentencePiece, Vocabulary
+from palmjax.data.vocabulary import Bytes, HuggingFace, PassThrough, SentencePiece, Vocabulary
 
 MAX_PARTS = 1024
 ARBITRARY_PARTS = 64  # for a source that can be cut in any number of parts
@@ -341,11 +342,13 @@ def _vocabulary(task: Any) -> Vocabulary:
         except Exception as error:  # TensorFlow's file errors and the library's parse errors
             path = vocabulary.sentencepiece_model_file
             raise ConfigError(f"task {task.name!r}: cannot load the SentencePiece model {path!r}: {error}") from error
+    if (path := getattr(vocabulary, "tokenizer_file", None)) is not None:  # tasks.huggingface
+        return HuggingFace.read(Path(path))
     if isinstance(vocabulary, seqio.PassThroughVocabulary):
         return PassThrough(num_ids=vocabulary.vocab_size, eos=1 if vocabulary.eos_id is None else vocabulary.eos_id)
     raise ConfigError(
         f"task {task.name!r} uses {type(vocabulary).__name__}; a token store can carry ByteVocabulary, "
-        "SentencePieceVocabulary or PassThroughVocabulary"
+        "SentencePieceVocabulary, PassThroughVocabulary or a Hugging Face tokenizer (tasks.huggingface)"
     )
 
 

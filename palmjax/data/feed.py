@@ -176,7 +176,7 @@ class Dataset:
             if mine.size or (number == 0 and not source.size):
                 starts, stops = layout.spans(row[mine])
                 targets, weights = store.read(starts, stops, layout.stream_length)
-                parts.append(layout.batch(targets, weights, starts, stops))
+                parts.append(layout.batch(targets, weights, starts, stops, self.vocabulary.bos_id))
                 order.append(mine)
         if len(parts) == 1:
             return parts[0]
@@ -348,8 +348,9 @@ class Feed:
 
             return jax.make_array_from_callback(shape, self._sharding, piece)
 
-        present = [field.name for field in dataclasses.fields(Batch) if getattr(local[0][2], field.name) is not None]
-        return Batch(**{name: array(name) for name in present})
+        kind = type(local[0][2])
+        present = [field.name for field in dataclasses.fields(kind) if getattr(local[0][2], field.name) is not None]
+        return kind(**{name: array(name) for name in present})
 
     def _check_divides(self, rows: int) -> None:
         shape = (rows, self._dataset.sequence_length)

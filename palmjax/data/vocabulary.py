@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,17 +180,23 @@ class HuggingFace(Vocabulary):
     prompt: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: bytes, eos: int | None, eos_token: str | None, bos_token: str | None) -> HuggingFace:
-        """The vocabulary of a tokenizer.json; the tokens are those of tokenizer_config.json, `eos` of config.json.
+    def read(cls, path: Path) -> HuggingFace:
+        """The vocabulary of a tokenizer.json; what begins and ends a text is said in the files beside it.
 
-        A tokenizer without a BOS begins rows with its EOS, as GPT-2 was trained. Raises ConfigError if it has no EOS.
+        tokenizer_config.json names the tokens, config.json the end's id if the former does not. A tokenizer without a
+        BOS begins rows with its EOS, as GPT-2 was trained. Raises ConfigError if it can't be read or has no EOS.
         """
+        try:
+            tokenizer = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{path} can't be read: {error.strerror}") from error
         loaded = _load_tokenizer(tokenizer)
-        if eos_token is not None:
-            eos = loaded.token_to_id(eos_token)
+        settings, model = (_settings(path.with_name(name)) for name in ("tokenizer_config.json", "config.json"))
+        end, begin = (_token_text(settings.get(name)) for name in ("eos_token", "bos_token"))
+        eos = _first(model.get("eos_token_id")) if end is None else loaded.token_to_id(end)
         if eos is None:
-            raise ConfigError("the tokenizer has no EOS: neither tokenizer_config.json nor config.json names one")
-        bos = eos if bos_token is None else loaded.token_to_id(bos_token)
+            raise ConfigError(f"{path} has no EOS: tokenizer_config.json with an eos_token must lie beside it")
+        bos = None if begin is None else loaded.token_to_id(begin)
         first = loaded.encode("").ids
         before = tuple(first[:1]) if first and first != [eos] else ()
         before = before or (tuple(first) if first == [bos] else ())
@@ -256,6 +263,23 @@ class HuggingFace(Vocabulary):
 
     def files(self) -> dict[str, bytes]:
         return {TOKENIZER_FILE: self.tokenizer}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+
+
+def _token_text(value: Any) -> str | None:
+    """The text of a special token, which a tokenizer_config.json gives bare or with its properties."""
+    return value.get("content") if isinstance(value, Mapping) else value
+
+
+def _first(value: Any) -> int | None:
+    """LLaMA 3 lists several ends; the first one ends a document."""
+    return _first(value[0]) if isinstance(value, list) and value else value if isinstance(value, int) else None
 
 
 def _load_tokenizer(content: bytes) -> Any:

@@ -128,9 +128,16 @@ class AttentionModule(nn.Module):
             out = self._over_cache(q, cache, rows, layer)
         residual: Axes = ("batch", "length", "residual")
         stddev = self.context.residual_stddev(H * N)
-        y = Dense("BTHN,HND->BTD", (H, N, D), ("heads", "head_dim", "embed"), stddev, residual, c.out_bias, name="out")(
-            out
-        )
+        y = Dense(
+            "BTHN,HND->BTD",
+            (H, N, D),
+            ("heads", "head_dim", "embed"),
+            stddev,
+            residual,
+            c.out_bias,
+            partial=True,
+            name="out",
+        )(out)
         return y, cache
 
     @property

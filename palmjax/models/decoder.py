@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from palmjax import sharding
 from palmjax.config import ConfigError, ModelPart, Part, require, section
 from palmjax.models.attention import AttentionPart, Rows
 from palmjax.models.embeddings import RESIDUAL, Embedding, HeadPart, TiedHead, TokenEmbedder, VectorEmbedder
@@ -130,6 +131,8 @@ class LayerModule(nn.Module):
         return self.config.mlp.build("mlp", self.context)(h, rows, dropless=cache is not None)
 
     def drop(self, update: jax.Array, key: jax.Array | None, number: jax.Array) -> jax.Array:
+        """What a block adds to the residual stream, laid out like it, with dropout."""
+        update = sharding.total((update,), RESIDUAL)
         key = None if key is None else jax.random.fold_in(key, number)
         return dropout(update, self.context.dropout, key, RESIDUAL)
 
@@ -144,7 +147,7 @@ class ParallelBlockModule(LayerModule):
         mlp_h = h if self.config.mlp_norm is None else self.config.mlp_norm.build("mlp_norm")(x)
         attended, cache = self.attend(h, rows, cache, layer)
         fed, report = self.feed_forward(mlp_h, rows, cache)
-        return (x + self.drop(attended + fed, dropout_key, layer), cache), report
+        return (x + self.drop(sharding.total((attended, fed), RESIDUAL), dropout_key, layer), cache), report
 
 
 @section

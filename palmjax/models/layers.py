@@ -210,6 +210,7 @@ class FeedForwardModule(nn.Module):
             self.context.residual_stddev(F),
             (*axes, "residual"),
             c.bias,
+            partial=self.experts is None,
             name="wo",
         )(hidden)
         return y, {}

@@ -205,7 +205,8 @@ class Dense(nn.Module):
 
     The product goes by the module's name for policies that keep named values (`KeepProjections`).
 
-    shape, axes: the kernel's. stddev: of the fresh kernel. out: logical axes of the result.
+    shape, axes: the kernel's. stddev: of the fresh kernel. out: logical axes of the result. partial: leave sums over
+    mesh axes to `sharding.total` (without a bias, which would be added once for each part).
     """
 
     equation: str
@@ -214,10 +215,13 @@ class Dense(nn.Module):
     stddev: float
     out: Axes
     bias: bool = False
+    partial: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = parameter(self, "kernel", self.shape, self.axes, normal(self.stddev))
+        if self.partial and not self.bias:
+            return sharding.einsum(self.equation, x, kernel, out=self.out, partial=True)
         y = checkpoint_name(sharding.einsum(self.equation, x, kernel, out=self.out), self.name or "")
         if not self.bias:
             return y

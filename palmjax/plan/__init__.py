@@ -5,9 +5,9 @@
     p.fits, p.usage, p.time.step, p.mfu
 
 topology.py: machines by name. compiler.py, worker.py: the step compiled in a process of its own, cached. hlo.py,
-flops.py: the schedule as data. memory.py: what a device holds. chips.py, network.py, cost.py: how long it takes.
-build.py: the plan. search.py: layouts tried. report.py: text, JSON, picture. main.py: the verb. Imports no jax by
-itself.
+flops.py, traffic.py: the schedule as data. memory.py: what a device holds. chips.py, network.py, cost.py: how long it
+takes. build.py: the plan. layouts.py, search.py: layouts guessed and tried. check.py: recorded plans. report.py:
+text, JSON, picture. main.py: the verb.
 """
 
 from palmjax.plan.build import Plan, compile

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from palmjax import configure
 from palmjax.config import ConfigError, Experiment
 from palmjax.plan import build, check, chips, compiler, layouts, report, search, topology
@@ -47,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plans one job, searches its layouts, or checks files. Returns 0 if all fits, 1 if not or the compiler failed."""
     flags, rest = configure.parse_flags(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(rest)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process computes shapes only; the compiler has its own
+    if not os.environ.get("JAX_PLATFORMS"):  # this process computes shapes only: leave any accelerator alone
+        jax.config.update("jax_platforms", "cpu")
+        os.environ["JAX_PLATFORMS"] = "cpu"  # for the compilers
     if options.check:
         return check.check(flags.files, functools.partial(replan, options.cache, options.timeout), options.update)
     if options.topology is None:

@@ -19,6 +19,7 @@ import safetensors.numpy
 from palmjax import checkpoint, cli
 from palmjax.config import ConfigError
 from palmjax.interop import convert, safetensors_files
+from palmjax.interop.huggingface import families
 from palmjax.interop.orbax_arrays import Reader
 from tests.interop import models
 
@@ -130,7 +131,7 @@ def test_the_command_line_refuses_what_it_cannot_do(copy, tmp_path, capfd):
         ([str(tmp_path / "out"), str(copy)], ["not empty"]),
         ([str(tmp_path / "out"), str(tmp_path / "new"), "--model_type", "gpt2"], ["gpt2", "'llama'"]),
         ([str(tmp_path / "out"), str(tmp_path / "new"), "--max_shard_size", "big"], ["--max_shard_size=big"]),
-        ([str(copy), str(tmp_path / "new"), "--to", "huggingface"], ["nothing to convert"]),
+        ([str(copy), str(tmp_path / "new"), "--to", "huggingface"], ["convert to palmjax first"]),
         ([str(copy), str(tmp_path / "new"), "--gin.RMSNorm.epsilon=1e-3"], ["another model"]),
     ):
         assert cli.main(["convert", *arguments]) == 2
@@ -305,3 +306,58 @@ def test_host_memory_grows_by_less_than_the_largest_tensor_and_a_fifth(source, t
     assert len(growth) == 2
     print(f"largest tensor {largest / 1e6:.0f} MB; grown by {', '.join(f'{g / 1e6:.0f}' for g in growth)} MB")
     assert max(growth) < 1.2 * largest
+
+
+# --- files of earlier days -----------------------------------------------------------------------------------------
+
+
+def test_tensors_without_the_prefix_and_with_buffers_of_old_versions(tmp_path):
+    """As the hub's oldest GPT-2 files have them: no `transformer.`, masks stored, the tied head stored too."""
+    models.tiny("gpt2").save_pretrained(tmp_path / "theirs")
+    convert.from_huggingface(tmp_path / "theirs", tmp_path / "new")
+
+    def old(tensors: Any) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["lm_head.weight"] = tensors["wte.weight"]
+        for layer in range(2):
+            tensors[f"h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 128, 128), np.uint8))
+            tensors[f"h.{layer}.attn.masked_bias"] = np.full((), -1e4, np.float32)
+
+    rewritten(tmp_path / "theirs", old)
+    convert.from_huggingface(tmp_path / "theirs", tmp_path / "old")
+    one, other = (Reader(tmp_path / name / "checkpoint_0" / "state") for name in ("new", "old"))
+    for name in one.names:
+        np.testing.assert_array_equal(one.open(name).read().result(), other.open(name).read().result())
+
+
+OLD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "bloom": (
+        {"model_type": "bloom", "vocab_size": 97, "n_embed": 32, "n_layer": 2, "num_attention_heads": 4},
+        "bloom",
+    ),
+    "llama": (
+        {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"num_key_value_heads": 2, "intermediate_size": 48, "rope_theta": 1e4, "torch_dtype": "float32"}
+        | {"rope_scaling": None, "pretraining_tp": 1, "rms_norm_eps": 1e-5},
+        LLAMA,
+    ),
+    "gpt_neox": (
+        {"model_type": "gpt_neox", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "rotary_pct": 0.25}
+        | {"num_attention_heads": 2, "intermediate_size": 48, "rotary_emb_base": 10000},
+        "gpt_neox: rotation of a part, two norms",
+    ),
+    "falcon": (
+        {"model_type": "falcon", "vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4, "multi_query": True},
+        "falcon 7b: multi-query, one norm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD_CONFIGS)
+def test_configurations_of_old_versions_mean_the_same(tmp_path, name):
+    config, case = OLD_CONFIGS[name]
+    models.tiny(case).config.save_pretrained(tmp_path)
+    now = json.loads((tmp_path / "config.json").read_text())
+    family = families.named(name, "here")
+    assert family.model(config, "old") == family.model(now, "new")

@@ -44,7 +44,7 @@ def test_logits_greedy_tokens_and_the_way_back(tmp_path, name):
     found = np.asarray(logits(params, models.batch(tokens, real)))
     assert models.relative(found[real], want[real]) < 1e-4
 
-    prompts = [row[:length].tolist() for row, length in zip(tokens, LENGTHS, strict=True)]
+    prompts = [row[:length].tolist() for row, length in zip(tokens[:2], LENGTHS[:2], strict=True)]
     ours = decode.generate(model, params, prompts, 64, bos=None, stop=None)
     for prompt, one in zip(prompts, ours, strict=True):
         given = torch.tensor([prompt])

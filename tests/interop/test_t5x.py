@@ -14,7 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+import tokenizers
 from flax import serialization, traverse_util
+from tokenizers.models import WordLevel
 
 from palmjax import checkpoint, cli, decode
 from palmjax.config import SaveCheckpointConfig
@@ -303,6 +305,21 @@ def test_damaged_checkpoints_are_refused_and_nothing_is_left(tmp_path, capfd, mi
     error = capfd.readouterr().err
     assert all(word in error for word in words) and "Traceback" not in error, error
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_vocabulary_is_given_beside_the_checkpoint(tmp_path, capfd):
+    write_legacy(tmp_path / "run", decoder_only(), {})
+    arguments = ["convert", str(tmp_path / "run"), str(tmp_path / "ours"), "--vocabulary"]
+    for missing in ("none.model", "none.json"):
+        assert cli.main([*arguments, str(tmp_path / missing)]) == 2
+        assert missing in capfd.readouterr().err and not (tmp_path / "ours").exists()
+    tokenizer = tokenizers.Tokenizer(WordLevel({"a": 0, "end": 1}, unk_token="a"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "end"}}')
+    assert cli.main([*arguments, str(tmp_path / "tokenizer.json")]) == 0
+    vocabulary = checkpoint.read_info(tmp_path / "ours").vocabulary
+    assert (vocabulary.encode("a"), vocabulary.eos_id) == ([0], 1)
+    assert (tmp_path / "ours" / convert.BESIDE / "tokenizer.json").exists()
 
 
 # --- out -----------------------------------------------------------------------------------------------------------

@@ -13,17 +13,9 @@ import pytest
 from palmjax.config import ConfigError, DatasetConfig
 from palmjax.data import feed
 from palmjax.data.batch import PackPairs, PackPrefixes
+from tasks.corruption import corrupt_spans, noise_spans
 from tasks.jsonl import JsonLines
-from tasks.objectives import (
-    UL2,
-    Denoiser,
-    MaskedLM,
-    MixtureOfDenoisers,
-    PrefixLM,
-    SpanCorruption,
-    corrupt_spans,
-    noise_spans,
-)
+from tasks.objectives import UL2, Denoiser, MaskedLM, MixtureOfDenoisers, PrefixLM, SpanCorruption
 from tasks.text_files import TextFiles
 
 VOCABULARY = SimpleNamespace(vocab_size=1100, encode=lambda text: [1000 + ord(text[1]) % 50])

@@ -118,43 +118,21 @@ def vocabulary(path: Path, config: Mapping[str, Any]) -> tuple[Vocabulary, Path 
     A SentencePiece model is used as it is; else tokenizer.json (library `tokenizers`); without either, ids have no
     text.
     """
-    ids, eos = int(config["vocab_size"]), _first(config.get("eos_token_id"))
-    settings = _json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
-    for name in ("tokenizer.model", "spiece.model"):
+    for name in ("tokenizer.model", "spiece.model", "tokenizer.json"):
         if (path / name).exists():
-            return SentencePiece((path / name).read_bytes()), path / name
-    if (path / "tokenizer.json").exists():
-        content = (path / "tokenizer.json").read_bytes()
-        found = HuggingFace.of(
-            content, eos=eos, eos_token=_token(settings.get("eos_token")), bos_token=_token(settings.get("bos_token"))
-        )
-        return found, path / "tokenizer.json"
-    return PassThrough(num_ids=ids, eos=1 if eos is None else eos), None
+            return vocabulary_of(path / name), path / name
+    eos = config.get("eos_token_id")
+    return PassThrough(num_ids=int(config["vocab_size"]), eos=eos if isinstance(eos, int) else 1), None
 
 
 def vocabulary_of(file: Path) -> Vocabulary:
     """The vocabulary of a SentencePiece model or a tokenizer.json. Raises ConfigError if it is neither."""
+    if file.suffix == ".json":
+        return HuggingFace.read(file)
     try:
-        content = file.read_bytes()
+        return SentencePiece(file.read_bytes())
     except OSError as error:
         raise ConfigError(f"{file} can't be read: {error.strerror}") from error
-    if file.suffix == ".json":
-        beside = file.with_name("tokenizer_config.json")
-        settings = _json(beside) if beside.exists() else {}
-        return HuggingFace.of(
-            content, eos=None, eos_token=_token(settings.get("eos_token")), bos_token=_token(settings.get("bos_token"))
-        )
-    return SentencePiece(content)
-
-
-def _first(value: Any) -> int | None:
-    """LLaMA 3 lists several ends; the first one ends a document."""
-    return _first(value[0]) if isinstance(value, list) and value else value if isinstance(value, int) else None
-
-
-def _token(value: Any) -> str | None:
-    """The text of a special token, which a tokenizer_config.json gives bare or with its properties."""
-    return value.get("content") if isinstance(value, Mapping) else value
 
 
 def tokenizer_files(vocabulary: Vocabulary) -> dict[str, bytes]:

@@ -24,25 +24,12 @@ STACKS = ("layers", "decoder")
 PRE_NORMS = ("pre_norm", "pre_self_attention_layer_norm", "pre_attention_layer_norm", "layer_norm")
 MLP_NORMS = ("mlp_norm", "pre_mlp_layer_norm")
 
-PATTERNS = {
-    "token_embedder/embedding": ("v d", "v d"),
-    "decoder/relpos_bias/rel_embedding": ("h b", "h b"),
-    "decoder/decoder_norm/scale": ("d", "d"),
-    "decoder/decoder_norm/bias": ("d", "d"),
-    "decoder/logits_dense/kernel": ("d v", "d v"),
-    "decoder/layers/pre_norm/scale": ("d", "d"),
-    "decoder/layers/pre_norm/bias": ("d", "d"),
-    "decoder/layers/mlp_norm/scale": ("d", "d"),
-    "decoder/layers/mlp_norm/bias": ("d", "d"),
-    "decoder/layers/self_attention/relpos_bias/rel_embedding": ("h b", "h b"),
-    **{f"decoder/layers/self_attention/{name}/kernel": ("d (h n)", "d h n") for name in ("query", "key", "value")},
-    "decoder/layers/self_attention/out/kernel": ("(h n) d", "h n d"),
-    "decoder/layers/mlp/wi/kernel": ("d f", "d f"),
-    "decoder/layers/mlp/wi_0/kernel": ("d f", "d f"),
-    "decoder/layers/mlp/wi_1/kernel": ("d f", "d f"),
-    "decoder/layers/mlp/wo/kernel": ("f d", "f d"),
+JOINED: dict[Path, tuple[str, str]] = {
+    **{("self_attention", name, "kernel"): ("d (h n)", "d h n") for name in ("query", "key", "value")},
+    **{("self_attention", name, "bias"): ("(h n)", "h n") for name in ("query", "key", "value")},
+    ("self_attention", "out", "kernel"): ("(h n) d", "h n d"),
 }
-"""Of each parameter: its axes in a flat kernel, and palmjax's. Those of a layer without the axis of layers."""
+"""Parameters with heads: axes of T5X's flat kernels, and palmjax's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,23 +47,27 @@ class Form:
     scan_axis: int = 0
     flat: bool = False
 
-    def rules(self) -> list[Rule]:
-        """The name map between this form and palmjax's parameters."""
-        return [self._rule(parameter, *axes) for parameter, axes in PATTERNS.items()]
+    def rules(self, shapes: Mapping[Path, tuple[int, ...]]) -> list[Rule]:
+        """The name map between this form and palmjax's parameters, which have `shapes`."""
+        return [self._rule(path, len(shape)) for path, shape in shapes.items()]
 
-    def _rule(self, parameter: str, flat: str, apart: str) -> Rule:
-        axes, to = (flat if self.flat else apart), apart
-        name = re.sub(r"^token_embedder", self.embedder, parameter)
+    def _rule(self, path: Path, dimensions: int) -> Rule:
+        parameter, in_layer = "/".join(path), path[:2] == ("decoder", "layers")
+        axes = to = " ".join("abcdef"[: dimensions - in_layer])
+        if self.flat:
+            axes, to = JOINED.get(path[-3:], (axes, to))
+        name = re.sub(r"^token_embedder/", f"{self.embedder}/", parameter)
+        if not in_layer:
+            return rule(name, parameter, f"{axes} -> {to}")
         for old, new in (("pre_norm", self.pre_norm), ("mlp_norm", self.mlp_norm)):
             name = name.replace(f"decoder/layers/{old}/", f"decoder/layers/{new}/")
-        if not parameter.startswith("decoder/layers/"):
-            return rule(name, parameter, f"{axes} -> {to}")
         if self.stack is None:
             return rule(name.replace("decoder/layers/", "decoder/layers_{layer}/"), parameter, f"{axes} -> {to}")
         groups = re.findall(r"\([^)]*\)|\S+", axes)
         groups.insert(min(self.scan_axis, len(groups)), "l")
-        name = name.replace("decoder/layers/", f"decoder/{self.stack}/")
-        return rule(name, parameter, f"{' '.join(groups)} -> l {to}")
+        return rule(
+            name.replace("decoder/layers/", f"decoder/{self.stack}/"), parameter, f"{' '.join(groups)} -> l {to}"
+        )
 
 
 PALMJAX = Form()

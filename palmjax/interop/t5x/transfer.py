@@ -25,7 +25,8 @@ MOMENTS = ("m", "v")
 
 def plan(model: Decoder, form: names.Form, where: str) -> dict[str, Tensor]:
     """T5X's arrays of a model by name, "decoder/layers_0/mlp/wo/kernel"."""
-    return mapping.plan(form.rules(), parameter_shapes(model), {}, where)
+    shapes = parameter_shapes(model)
+    return mapping.plan(form.rules(shapes), shapes, {}, where)
 
 
 def check(checkpoint: reading.Checkpoint, planned: Mapping[str, Tensor]) -> None:
