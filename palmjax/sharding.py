@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,8 +147,10 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = No
     x = jax.sharding.reshard(x, _as_spec([wanted(d) for d in x_dims]))
     w = jax.sharding.reshard(w, _as_spec([wanted(d) for d in w_dims]))
     spec = _as_spec(dims)
-    if partial and busy:
-        spec = PartitionSpec(*_as_spec([tuple(a for a in dim if a not in busy) for dim in dims]), unreduced=busy)
+    # A sum over axes of size one is whole already.
+    parts = frozenset(axis for axis in busy if (_active_sizes() or {}).get(axis, 1) > 1)
+    if partial and parts:
+        spec = PartitionSpec(*_as_spec([tuple(a for a in dim if a not in parts) for dim in dims]), unreduced=parts)
     return jnp.einsum(equation, x, w, out_sharding=spec, preferred_element_type=dtype)
 
 
@@ -160,6 +162,13 @@ def total(parts: Sequence[jax.Array], axes: Axes) -> jax.Array:
     if _active_sizes() is None or len({jax.typeof(part).sharding.spec.unreduced for part in parts}) == 1:
         return constrain(functools.reduce(operator.add, parts), axes)
     return functools.reduce(operator.add, [constrain(part, axes) for part in parts])
+
+
+def is_partial(inputs: Sequence[Any], params: Mapping[str, Any]) -> bool:
+    """Whether a traced operation works on partial sums or makes them: for policies that choose what to keep."""
+    made = params.get("out_sharding") or params.get("sharding")
+    kinds = [made, *(getattr(x, "sharding", None) for x in inputs)]
+    return any(getattr(getattr(kind, "spec", None), "unreduced", None) for kind in kinds)
 
 
 def _current(letters: str, x: jax.Array) -> dict[str, tuple[str, ...]]:

@@ -51,7 +51,8 @@ class Leaf:
         return math.prod(self.shape)
 
 
-def leaves(config: Decoder) -> list[Leaf]:
+@functools.lru_cache(maxsize=8)
+def leaves(config: Decoder) -> tuple[Leaf, ...]:
     """Every parameter of the model, from its own abstract tree."""
     model = config.build()
     found = []
@@ -59,7 +60,7 @@ def leaves(config: Decoder) -> list[Leaf]:
         axes = functools.reduce(lambda tree, key: tree[key.key], path, model.axes)
         name = "/".join(key.key for key in path)
         found.append(Leaf(name, leaf.shape, axes, _active_share(config, name) if "experts" in axes else 1.0))
-    return found
+    return tuple(found)
 
 
 def _active_share(config: Decoder, name: str) -> float:

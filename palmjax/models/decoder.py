@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from palmjax import sharding
 from palmjax.config import ConfigError, ModelPart, Part, require, section
@@ -20,12 +21,25 @@ Carry = tuple[jax.Array, dict[str, jax.Array] | None]
 """Hidden states and the cache. The cache is carried, so that a token's write touches only its own entries."""
 
 
-def keep_all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
+UPDATE = "update"
+"""Name, for remat policies, of what a block adds to the residual stream."""
+
+
+def keep_all_but_gathers(primitive: Any, *inputs: Any, **params: Any) -> bool:
     """A `jax.checkpoint` policy: keep everything but weights gathered over fsdp (and casts, which lead up to them).
 
-    The scan over layers would stack what is kept: the whole unsharded model on every device.
+    The scan over layers would stack what is kept: the whole unsharded model on every device. Partial sums are not kept
+    either: the sum is, by its name.
     """
-    return primitive.name not in ("reshard", "convert_element_type")
+    return primitive.name not in ("reshard", "convert_element_type") and not sharding.is_partial(inputs, params)
+
+
+def keep_matmuls(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    """A `jax.checkpoint` policy: keep the results of the weight matmuls, of partial sums the sum."""
+    if primitive.name == "name":
+        return params["name"] == UPDATE
+    matmul = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
+    return bool(matmul) and not sharding.is_partial(inputs, params)
 
 
 class RematPart(Part):
@@ -58,7 +72,7 @@ class RecomputeElementwise(RematPart):
     """Keep the results of the weight matmuls; recompute norms, activations and attention."""
 
     def build(self) -> Any:
-        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return keep_matmuls
 
 
 @section
@@ -132,7 +146,7 @@ class LayerModule(nn.Module):
 
     def drop(self, update: jax.Array, key: jax.Array | None, number: jax.Array) -> jax.Array:
         """What a block adds to the residual stream, laid out like it, with dropout."""
-        update = sharding.total((update,), RESIDUAL)
+        update = checkpoint_name(sharding.total((update,), RESIDUAL), UPDATE)
         key = None if key is None else jax.random.fold_in(key, number)
         return dropout(update, self.context.dropout, key, RESIDUAL)
 

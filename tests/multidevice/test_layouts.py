@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -13,7 +14,14 @@ import pytest
 from palmjax import mesh, sharding
 from palmjax.config import MeshConfig, ShardingRules
 from palmjax.loss import CrossEntropy
-from palmjax.models.decoder import RecomputeAll, RecomputeAttention
+from palmjax.models.decoder import (
+    KeepProjections,
+    RecomputeAll,
+    RecomputeAttention,
+    RecomputeElementwise,
+    SerialBlock,
+)
+from palmjax.models.layers import RMSNorm
 from palmjax.optim import Adafactor
 from palmjax.state import init_state
 from palmjax.step import accumulate, build_step
@@ -89,6 +97,36 @@ def test_microbatches_equal_the_whole_batch(layout):
     smaller = MeshConfig(data=config.data, fsdp=config.fsdp // 2, tensor=config.tensor)
     devices = math.prod((smaller.data, smaller.fsdp, smaller.tensor))
     assert_equal_to_single(run(smaller, residual, devices=devices, microbatches=2))
+
+
+SERIAL = dataclasses.replace(
+    MODEL, block=SerialBlock(attention=MODEL.block.attention, mlp=MODEL.block.mlp, norm=RMSNorm())
+)
+POLICIES = (None, RecomputeAttention(), RecomputeElementwise(), KeepProjections(), RecomputeAll())
+
+
+@functools.cache
+def gradients_of(model, remat, placed_on):
+    """Loss and gradients with a policy, on a mesh of four devices or on one."""
+    built = dataclasses.replace(model, remat=remat).build()
+    loss, rules = CrossEntropy().build(built), ShardingRules(residual=("tensor",) if placed_on else ())
+    config = MeshConfig(data=1, fsdp=2, tensor=2) if placed_on else MeshConfig(data=1)
+    placed = mesh.build(config, jax.devices()[: 4 if placed_on else 1])
+    with sharding.activate(placed, rules):
+        params = jax.jit(lambda: built.init(jax.random.key(0)))()
+        batch = jax.tree.map(functools.partial(_put, placed, rules), random_batch(vocab_size=90))
+        total, gradients = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0]))(params)
+    return np.asarray(total), jax.tree.map(np.asarray, gradients)
+
+
+@pytest.mark.parametrize("model", [MODEL, SERIAL], ids=["parallel", "serial"])
+@pytest.mark.parametrize("remat", POLICIES, ids=lambda r: type(r).__name__)
+def test_every_remat_policy_keeps_sums_and_no_parts_of_them(model, remat):
+    """Partial sums over the tensor axis can't be stacked over layers: a policy must keep the sum or neither."""
+    (want, want_gradients), (got, gradients) = (gradients_of(model, None, False), gradients_of(model, remat, True))
+    assert got == pytest.approx(want, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(want_gradients), jax.tree.leaves(gradients), strict=True):
+        assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(a)
 
 
 def test_initial_values_do_not_depend_on_the_mesh():
