@@ -6,6 +6,7 @@ import dataclasses
 
 from pallas_kernels.attention import others, table
 from pallas_kernels.attention.case import Case
+from pallas_kernels.attention.tpu_plan import Blocks
 
 NAMES = ("einsum", "xla", "tpu", *others.NAMES)
 """einsum: the whole score matrix. xla: block by block. tpu: Mosaic, this package's. The rest: `others`."""
@@ -46,8 +47,13 @@ def refusals(impl: str, case: Case, chip: str | None) -> list[str]:
             reasons.append(f"head_dim {case.head_dim}: at most 256")
         if chip is None or chip not in table.chips():
             reasons.append(f"chip {chip!r}: the table has {', '.join(table.chips())}")
-        elif not reasons and table.find(case, chip) is None:
+        elif not reasons and (row := table.find(case, chip)) is None:
             reasons.append(f"no row for {case.dtype}, head_dim {case.head_dim} on {chip}")
+        elif not reasons and row is not None:
+            heads = case.heads // case.kv_heads
+            least, most = Blocks.smallest(heads) * heads, min(row.tuning.forward.rows, row.tuning.backward.rows)
+            if least > most:
+                reasons.append(f"{heads} query heads a key/value head make blocks of {least} rows, tuned are {most}")
         return reasons
     return others.refusals(impl, case, chip)
 

@@ -78,7 +78,7 @@ def _fwd(static: _Static, hidden: Any, table: Any, targets: Any) -> Any:
 
     def add(so_far: tuple, given: tuple) -> tuple[tuple, None]:
         top, total, chosen, tied = so_far
-        logits, ids, _ = _logits(static, hidden, *given, end)
+        logits, ids, _ = _logits(static, hidden, given[0], given[1], end)
         best = jnp.max(logits, axis=-1)
         new = jnp.maximum(top, best)
         total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=-1)
@@ -108,7 +108,7 @@ def _bwd(static: _Static, kept: Any, cotangents: Any) -> Any:
     end = begins[0] + table.shape[0]
 
     def add(d_hidden: jax.Array, given: tuple) -> tuple[jax.Array, jax.Array]:
-        logits, ids, tanh = _logits(static, hidden, *given, end)
+        logits, ids, tanh = _logits(static, hidden, given[0], given[1], end)
         d_logits = jnp.exp(logits - log_z[:, None]) * (d_loss + d_log_z)[:, None]
         d_logits = d_logits - jnp.where(ids == targets[:, None], d_loss[:, None], 0.0)
         if tanh is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -192,4 +193,6 @@ def test_a_named_implementation_works_or_says_every_reason():
         explain("tpu", case)
     assert "einsum (100 tokens on cpu: fewer than 256)" in explain("auto", case)
     assert "tpu (TPU v4; block sizes of the row for T=2048" in explain("auto", case, "TPU v4")
+    odd = dataclasses.replace(case, heads=71)
+    assert "xla (not tpu: 71 query heads a key/value head make blocks of 9088 rows" in explain("auto", odd, "TPU v4")
     assert "xla (not tpu: chip 'TPU v2'" in explain("auto", case, "TPU v2")

@@ -67,6 +67,10 @@ EXAMPLES = [
     # A prefix-LM, packed, with distances of both signs.
     (Example(length=300, heads=2, kv_heads=2, width=64, cuts=(130,), prefixes=(40, 170), alibi=True), SMALL),
     (Example(length=260, heads=48, kv_heads=1, width=64, rows=1, mask=Mask(causal=False), cuts=(64,)), SMALL),
+    # ALiBi in blocks with padding queries, whose scores would grow without bound over the whole tiles before them.
+    (Example(length=330, heads=2, kv_heads=1, width=64, rows=1, alibi=True), SMALL),
+    # Blocks of more tokens than a chunk has keys: several chunks are cut by the diagonal.
+    (Example(length=390, heads=1, kv_heads=1, width=64, rows=1), SMALL),
     (Example(length=130, heads=1, kv_heads=1, width=256, rows=1, mask=Mask(causal=False)), SMALL),
 ]
 
