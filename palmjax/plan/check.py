@@ -117,9 +117,9 @@ def check(files: Sequence[str], replan: Replan, update: bool = False) -> int:
                 failed = True
                 continue
             changed = differences(record, plan)
-            if changed and update and plan.fits:
+            if update and plan.fits:
                 _rewrite(path, record, plan)
-                print(f"{path}: updated: {'; '.join(changed)}", flush=True)
+                print(f"{path}: {figures(plan).lstrip('# ')}, recorded", flush=True)
             elif changed:
                 failed = True
                 print(f"{path}: CHANGED on {plan.topology}: {'; '.join(changed)}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -29,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("files", nargs="*", metavar="FILE.gin", help=argparse.SUPPRESS)  # one right after --check or another switch
     add("--topology", metavar="CHIP:SHAPE", help="v4:12x16x16, v5e:16x16, h200:8, cpu:8, ...")
     add("--slices", type=int, default=1, metavar="N", help="equal slices joined by the data centre's network (1)")
     add("--batch_size", type=int, metavar="ROWS", help="rows a step (default: the run's largest batch)")
@@ -49,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plans one job, searches its layouts, or checks files. Returns 0 if all fits, 1 if not or the compiler failed."""
     flags, rest = configure.parse_flags(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(rest)
+    if wrong := [file for file in options.files if not file.endswith(".gin")]:
+        raise ConfigError(f"{wrong[0]}: plans are made of gin files")
+    flags = dataclasses.replace(flags, files=(*options.files, *flags.files))
     if not os.environ.get("JAX_PLATFORMS"):  # this process computes shapes only: leave any accelerator alone
         jax.config.update("jax_platforms", "cpu")
         os.environ["JAX_PLATFORMS"] = "cpu"  # for the compilers

@@ -16,6 +16,7 @@ from palmjax.config import MeshConfig, ShardingRules
 from palmjax.loss import CrossEntropy
 from palmjax.models.decoder import (
     KeepProjections,
+    ParallelBlock,
     RecomputeAll,
     RecomputeAttention,
     RecomputeElementwise,
@@ -99,9 +100,9 @@ def test_microbatches_equal_the_whole_batch(layout):
     assert_equal_to_single(run(smaller, residual, devices=devices, microbatches=2))
 
 
-SERIAL = dataclasses.replace(
-    MODEL, block=SerialBlock(attention=MODEL.block.attention, mlp=MODEL.block.mlp, norm=RMSNorm())
-)
+BLOCK = MODEL.block
+assert isinstance(BLOCK, ParallelBlock)
+SERIAL = dataclasses.replace(MODEL, block=SerialBlock(attention=BLOCK.attention, mlp=BLOCK.mlp, norm=RMSNorm()))
 POLICIES = (None, RecomputeAttention(), RecomputeElementwise(), KeepProjections(), RecomputeAll())
 
 

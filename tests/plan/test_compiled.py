@@ -174,7 +174,7 @@ def test_a_record_holds_until_the_step_changes(
     path.write_text(re.sub(r"MFU [\d.]+", "MFU 99.9", old))
     assert main.main([str(path), "--check", "--cache", cache]) == 1
     assert "MFU was 99.9" in capsys.readouterr().out
-    assert main.main([str(path), "--check", "--update", "--cache", cache]) == 0
+    assert main.main(["--check", "--update", str(path), "--cache", cache]) == 0
     assert path.read_text() == old
     path.write_text(f"{command}\n# no figures\n")
     with pytest.raises(ConfigError, match=r"job\.gin:2"):

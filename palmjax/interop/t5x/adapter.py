@@ -106,8 +106,9 @@ class PalmjaxDecoder:
             weights=None,
             segments=segments,
             positions=positions,
-            prefix=decoder_causal_attention,
         )
+        if decoder_causal_attention is not None:
+            batch = batch.marked(prefix=decoder_causal_attention)
         key = rngs["dropout"] if enable_dropout and rngs and self.config.dropout else None
         model = self._model
         logits = model.logits(params, model.hidden(params, batch, key))
