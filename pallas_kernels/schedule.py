@@ -8,16 +8,23 @@ A Pallas call carries no estimate of the compiler's. Its name does (`op`, also i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pallas_kernels.aot import CORES, FLOPS_PER_CYCLE
 from pallas_kernels.attention import table, tpu_backward, tpu_forward
 from pallas_kernels.attention.bundles import PASSES, plan_of
 
-__all__ = ["cycles", "kernel_in"]
+__all__ = ["chip_in", "cycles", "kernel_in"]
 
 
 def kernel_in(name: str) -> str | None:
     """The kernel of this package that an HLO instruction or op of this name is a call of; None for others."""
     return next((kernel for kernel in PASSES.values() if kernel in name), None)
+
+
+def chip_in(kinds: Sequence[str]) -> str:
+    """Of the names that a chip goes by the one that the tables use; the first if they know none."""
+    return next((kind for kind in kinds if kind in FLOPS_PER_CYCLE), kinds[0])
 
 
 def cycles(

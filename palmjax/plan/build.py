@@ -16,6 +16,9 @@ from palmjax.plan.network import Network
 from palmjax.plan.topology import Topology
 
 SLOWEST = 10
+LIMIT = 0.96
+"""Of a device's memory, what a step may take: compilers and runtimes keep the rest (on v4 1.25 of 32 GiB)."""
+
 PUE = 1.08
 """Power of the data centre over that of its machines, as PaLM reports for its own (appendix, carbon footprint)."""
 
@@ -110,6 +113,14 @@ def batch_rows(experiment: Experiment) -> int:
     return max(size.build().sizes) if isinstance(size, BatchSizePart) else size
 
 
+def row_length(experiment: Experiment) -> int:
+    """Tokens of a row. Raises ConfigError if the task names no targets."""
+    length = experiment.train_dataset.task_feature_lengths.get("targets")
+    if length is None:
+        raise ConfigError("TASK_FEATURE_LENGTHS names no 'targets': how many tokens has a row?")
+    return length
+
+
 def compile(
     experiment: Experiment,
     topology: Topology,
@@ -125,10 +136,7 @@ def compile(
     cache: folder of compiled steps. Raises ConfigError for a mesh or batch that does not divide, or a compiler that is
     not installed; `CompilerError` if the compiler fails.
     """
-    length = experiment.train_dataset.task_feature_lengths.get("targets")
-    if length is None:
-        raise ConfigError("TASK_FEATURE_LENGTHS names no 'targets': how many tokens has a row?")
-    request = compiler.Request(experiment, topology, rows or batch_rows(experiment), length, options)
+    request = compiler.Request(experiment, topology, rows or batch_rows(experiment), row_length(experiment), options)
     return build(request, compiler.compile_step(request, cache, timeout))
 
 
@@ -142,10 +150,19 @@ def build(request: compiler.Request, artifact: compiler.Artifact) -> Plan:
     hardware = topology.hardware
     tokens = request.rows * request.length
     time, speed, mfu_, hfu, per_token, run, caveats = None, None, None, None, None, None, []
+    hbm = hardware.chip.hbm_bytes_per_device if hardware else None
+    problem = artifact.oom
+    if (
+        not problem and hbm is not None and artifact.usage.total > LIMIT * hbm
+    ):  # XLA compiles for a GPU whatever its size
+        problem = f"{artifact.usage.total / 2**30:.1f} GiB are more than {LIMIT:.0%} of the device's {hbm / 2**30:.0f}"
     # A schedule that was given up half-way for want of memory has no estimates worth reading.
-    if hardware is not None and not artifact.oom:
+    if hardware is not None and not problem:
         network = Network(topology, np.array(artifact.facts["coords"]), artifact.facts["mesh"])
-        step = cost.predict(artifact.module, hardware, network, topology.slices)
+        try:
+            step = cost.predict(artifact.module, hardware, network, topology.slices)
+        except ValueError as error:  # a form of HLO that no rule here reads
+            raise compiler.CompilerError(f"the compiled step can't be timed: {error}") from error
         time, speed, caveats = _time(step, model.num_layers), tokens / step.seconds, _caveats(step)
         per_token = step.flops * topology.devices / tokens
         peak = hardware.chip.bf16_flops * topology.chips
@@ -165,10 +182,10 @@ def build(request: compiler.Request, artifact: compiler.Artifact) -> Plan:
         compiler=artifact.facts["compiler"],
         options=artifact.facts["options"],
         compile_seconds=artifact.facts["compile_seconds"],
-        fits=not artifact.oom,
-        problem=artifact.oom,
+        fits=not problem,
+        problem=problem,
         usage=artifact.usage,
-        hbm_bytes=hardware.chip.hbm_bytes_per_device if hardware else None,
+        hbm_bytes=hbm,
         model_flops=totals.flops_per_token,
         hardware_flops=per_token,
         time=time,
@@ -181,7 +198,7 @@ def build(request: compiler.Request, artifact: compiler.Artifact) -> Plan:
 
 
 def _time(step: cost.Step, layers: int) -> Time:
-    inside = sum(e.total for e in step.entries if layers > 1 and e.runs >= layers and e.runs % layers == 0)
+    inside = sum(e.total for e in step.entries if e.inside)
     slowest = sorted(step.entries, key=lambda e: -e.total)[:SLOWEST]
     parts: dict[str, float] = {}
     for entry in step.entries:
@@ -193,7 +210,7 @@ def _time(step: cost.Step, layers: int) -> Time:
         hidden=sum(e.hidden * e.runs for e in step.entries if e.kind in (cost.ICI, cost.DCN)),
         axes={axis: seconds for axis, seconds in step.by("axis").items() if axis},
         parts=dict(sorted(parts.items(), key=lambda item: -item[1])),
-        layer=inside / layers if layers > 1 else 0.0,
+        layer=inside / layers,
         outside=step.seconds - inside,
         sources=step.by("source"),
         slowest=tuple(
@@ -212,10 +229,10 @@ def _time(step: cost.Step, layers: int) -> Time:
 
 
 _PARTS = (
+    ("norms", r"norm/|norm$"),
     ("attention", r"attention|alibi|rotary|rope"),
     ("mlp", r"/mlp|/moe|experts"),
     ("embedding", r"embed"),
-    ("norms", r"norm"),
     ("layers, other", r"/layers"),
 )
 

@@ -21,7 +21,7 @@ from palmjax.plan import compiler
 from palmjax.plan.build import Plan
 
 TOLERANCE = 0.03
-"""Relative change of a recorded figure that passes: they are written with three digits."""
+"""Relative change of a recorded figure that passes, besides the half digit that it was rounded by."""
 
 _COMMAND = re.compile(r"^# palmjax plan (?P<arguments>\S+\.gin .*--topology.*)$")
 _FIGURES = re.compile(
@@ -79,16 +79,17 @@ def differences(record: Record, plan: Plan) -> list[str]:
     """What no longer holds of a record, in words; empty if all does."""
     if not plan.fits:
         return [f"no longer fits: {plan.problem}"]
-    assert plan.time is not None and plan.mfu is not None
-    pairs = (
-        ("step", record.step, plan.time.step, "s"),
-        ("MFU", record.mfu, 100 * plan.mfu, "%"),
-        ("memory", record.held, plan.usage.total / 2**30, "GiB"),
+    if plan.time is None or plan.mfu is None:
+        return [f"{plan.topology} has no time to compare"]
+    triples = (
+        ("step", record.step, plan.time.step, "s", 0.0),
+        ("MFU", record.mfu, 100 * plan.mfu, "%", 0.05),
+        ("memory", record.held, plan.usage.total / 2**30, "GiB", 0.05),
     )
     return [
         f"{name} was {old:.3g} {unit}, is {new:.3g} {unit}"
-        for name, old, new, unit in pairs
-        if abs(new - old) > TOLERANCE * old + 0.05
+        for name, old, new, unit, rounded in triples
+        if abs(new - old) > TOLERANCE * old + rounded
     ]
 
 

@@ -52,6 +52,11 @@ class Hardware:
     sources: str
 
     @property
+    def hbm_bandwidth_per_device(self) -> float:
+        """Bytes/s of one JAX device's share of the chip's memory bandwidth."""
+        return self.hbm_bandwidth / self.chip.devices
+
+    @property
     def clock(self) -> float:
         """Cycles a second of the matrix units: what makes the printed peak."""
         if self.macs_per_cycle is None:

@@ -1,7 +1,7 @@
 """The train step of an experiment compiled for a topology: what the compiler made of it, kept in a cache.
 
-    artifact = compile_step(experiment, topology)      # a process of its own compiles; seconds to minutes
-    artifact.hlo, artifact.memory, artifact.error
+    artifact = compile_step(Request(experiment, topology, rows, length))      # seconds to minutes, or from the cache
+    artifact.module, artifact.usage, artifact.oom
 
 The compiler runs in a child process: its flags (a dump of the buffer assignment) are read once per process, it may be
 killed or abort without harm, and several run side by side. What it returns is kept under the hash of the lowered step,
@@ -123,10 +123,10 @@ def write(root: pathlib.Path, name: str, facts: dict[str, Any], usage: memory.Us
         scratch.rename(root / name)
 
 
-def key(lowered: str, compiler: str, options: str, topology: Topology) -> str:
-    """The cache's name for a step: hash of its lowered text, the compiler's version and options, the topology."""
+def key(*parts: str) -> str:
+    """The cache's name for a step: the hash of all that decides it: lowered text, versions, options, places."""
     digest = hashlib.sha256()
-    for part in (str(FORMAT), lowered, compiler, options, str(topology), str(topology.wrap)):
+    for part in (str(FORMAT), *parts):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:32]
 
@@ -142,7 +142,7 @@ def stop_all() -> None:
 
 
 def _run(command: list[str], environment: dict[str, str], log: Any, timeout: float) -> int:
-    """Runs the worker; whatever ends this process or the wait ends the worker and its children too."""
+    """Runs the worker, and ends it and its children with the wait (an interrupt, a timeout)."""
     process = subprocess.Popen(
         command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
     )

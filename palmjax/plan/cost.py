@@ -60,7 +60,8 @@ class Entry:
     """One operation of the schedule. seconds: what it added to the clock in one run; runs: how often in a step.
 
     hidden: seconds of a transfer that other work covered. axis: the mesh axes of a collective, else "". source: where
-    its time comes from: "compiler's cycles", "bytes", "network", or a kernel's own table.
+    its time comes from: "compiler's cycles", "bytes", "network", or a kernel's own table. inside: whether it runs in
+    the loop over the layers.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class Entry:
     hidden: float = 0.0
     flops: float = 0.0
     source: str = ""
+    inside: bool = False
 
     @property
     def total(self) -> float:
@@ -116,12 +118,12 @@ class _Walk:
     def __init__(self, module: hlo.Module, hardware: Hardware, network: Network, slices: int) -> None:
         self.module, self.hardware, self.network, self.slices = module, hardware, network, slices
         self.clock = 0.0
-        self.free: dict[int | str, float] = {}
-        self.busy: dict[int | str, float] = collections.defaultdict(float)
+        self.free: dict[str, float] = {}
+        self.busy: dict[str, float] = collections.defaultdict(float)
         self.under_way: dict[str, _Transfer] = {}
         self.entries: list[Entry] = []
         self.flops = 0.0
-        self.costs: dict[tuple[Any, ...], tuple[Cost, str]] = {}
+        self.inside = False
 
     def run(self, name: str, runs: int) -> float:
         """Walks a computation once; returns how long one run of it takes."""
@@ -155,6 +157,9 @@ class _Walk:
         trips = self.module.trips(loop)
         outside, self.busy = self.busy, collections.defaultdict(float)
         first, began = len(self.entries), self.clock
+        # What was under way before the loop delays its first turn at most, not every one.
+        self.free = {resource: min(end, began) for resource, end in self.free.items()}
+        outer, self.inside = self.inside, self.inside or self._is_stack(loop)
         body = self.run(loop.called["body"], runs * trips)
         slowest = max(self.busy, key=lambda resource: self.busy[resource], default=None)
         if slowest is not None and self.busy[slowest] > body:
@@ -167,9 +172,14 @@ class _Walk:
         self.clock = began + body * trips
         for resource, seconds in self.busy.items():
             outside[resource] += seconds * trips
-        self.busy = outside
+        self.busy, self.inside = outside, outer
         for resource in self.free:
             self.free[resource] = min(self.free[resource], self.clock)
+
+    def _is_stack(self, loop: hlo.Instruction) -> bool:
+        """Whether a loop is the one over the layers: most of what its body names belongs to them."""
+        names = [i.op_name for i in self.module.computations[loop.called["body"]].instructions if i.op_name]
+        return 2 * sum("/layers" in name for name in names) > len(names)
 
     def _conditional(self, instruction: hlo.Instruction, runs: int) -> None:
         """The slowest branch: a plan is no place for luck."""
@@ -206,7 +216,7 @@ class _Walk:
         if opcode in ("copy", "slice", "dynamic-slice", "dynamic-update-slice"):
             # The destination is what moves; its other end is on the other side of HBM's bus.
             moved = min((s.bytes for s in instruction.result if s.elements > 1), default=0.0)
-            self._begin(instruction.name, Cost(moved / self.hardware.hbm_bandwidth, ("hbm",)), OTHER, "")
+            self._begin(instruction.name, Cost(moved / self.hardware.hbm_bandwidth_per_device, ("hbm",)), OTHER, "")
             return
         found = self._collective(computation, instruction)
         if found is None:
@@ -245,7 +255,7 @@ class _Walk:
         if channel is not None and instruction.name.startswith("async-collective-start"):
             found = self._collective(computation, instruction)
             if found is not None:
-                self._begin(channel, found[0], ICI, found[1])
+                self._begin(channel, found[0], DCN if "dcn" in found[0].resources else ICI, found[1])
             return
         found = None if channel is not None else self._collective(computation, instruction)
         if found is not None:
@@ -269,16 +279,13 @@ class _Walk:
             # The estimate is of one JAX device's core or fused cores.
             seconds, source = instruction.cycles / self.hardware.clock, "compiler's cycles"
         elif self.hardware.platform == "tpu":
-            seconds, source = (
-                traffic.moved(self.module, computation, instruction) / self.hardware.hbm_bandwidth,
-                "bytes",
-            )
+            seconds = self._moved(computation, instruction) / self.hardware.hbm_bandwidth_per_device
+            source = "bytes"
         else:
-            compute = flops / (self.hardware.chip.bf16_flops * MATMUL_EFFICIENCY)
-            moved = traffic.moved(self.module, computation, instruction) / (
-                self.hardware.hbm_bandwidth * MEMORY_EFFICIENCY
-            )
-            seconds, source = max(compute, moved), "roofline"
+            compute = flops / (self.hardware.chip.flops_per_device * MATMUL_EFFICIENCY)
+            moved = self._moved(computation, instruction)
+            memory = moved / (self.hardware.hbm_bandwidth_per_device * MEMORY_EFFICIENCY)
+            seconds, source = max(compute, memory), "roofline"
         if seconds > 0:
             self._advance(kind, seconds, runs, instruction, flops=flops, source=source)
 
@@ -335,16 +342,23 @@ class _Walk:
         stated = {k: float(v) for k, v in re.findall(r'"(flops|bytes_accessed)":"?(\d+)', instruction.text)}
         flops, moved = stated.get("flops", 0.0), stated.get("bytes_accessed", self._moved(computation, instruction))
         chip = self.hardware.chip
-        roofline = max(flops / chip.flops_per_device, moved / self.hardware.hbm_bandwidth)
+        roofline = max(flops / chip.flops_per_device, moved / self.hardware.hbm_bandwidth_per_device)
         name = f"{instruction.name} {instruction.op_name}"
         if schedule.kernel_in(name) is None:
             return roofline, flops, "the stated FLOPs and bytes of kernels, at the peak"
-        shapes = [
-            s.dims for n in instruction.operands if n in computation.by_name for s in computation.by_name[n].result
-        ]
-        rows = [dims for dims in shapes if len(dims) == 3]
-        width, length = rows[0][-1], min(dims[1] for dims in rows)
-        cycles, source = schedule.cycles(name, chip.kinds[0], flops=flops, width=width, length=length)
+        operands = (computation.by_name[n] for n in instruction.operands if n in computation.by_name)
+        arrays = [shape for operand in operands for shape in operand.result if len(shape.dims) == 3]
+        # Queries, [rows, tokens x heads, width], are the largest; keys, [rows, tokens, width], are of their type.
+        queries = max(arrays, key=lambda a: a.elements)
+        keys = [a for a in arrays if a.dtype == queries.dtype and a.dims[-1] == queries.dims[-1]]
+        cycles, source = schedule.cycles(
+            name,
+            schedule.chip_in(chip.kinds),
+            flops=flops,
+            width=queries.dims[-1],
+            length=min(a.dims[1] for a in keys),
+            dtype={"bf16": "bfloat16", "f32": "float32"}.get(queries.dtype, queries.dtype),
+        )
         return max(cycles / self.hardware.clock, roofline), flops, f"kernels: {source}"
 
     def _moved(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
@@ -357,4 +371,6 @@ class _Walk:
     def _add(self, kind: str, seconds: float, runs: int, instruction: hlo.Instruction, **details: Any) -> None:
         named = self.module.named(instruction)
         place = self.module.source(named)
-        self.entries.append(Entry(kind, seconds, runs, instruction, named.op_name, place, **details))
+        self.entries.append(
+            Entry(kind, seconds, runs, instruction, named.op_name, place, inside=self.inside, **details)
+        )

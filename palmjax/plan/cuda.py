@@ -11,10 +11,8 @@ import os
 from typing import Any
 
 from palmjax.config import ConfigError
+from palmjax.plan.network import PER_NODE
 from palmjax.plan.topology import Topology
-
-PER_HOST = 8
-"""GPUs of a DGX or HGX node, joined by NVSwitch."""
 
 _CARDS = {
     # key: compute capability, multiprocessors, shared memory a multiprocessor, L2 bytes, GHz
@@ -56,10 +54,10 @@ def devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     count = topology.chips
-    hosts, rest = divmod(count, PER_HOST)
-    if count > PER_HOST and rest:
-        raise ConfigError(f"--topology={topology}: more than {PER_HOST} GPUs are whole nodes of {PER_HOST}")
-    shape = f"1x{hosts}x{PER_HOST}" if hosts else f"1x1x{count}"
+    hosts, rest = divmod(count, PER_NODE)
+    if count > PER_NODE and rest:
+        raise ConfigError(f"--topology={topology}: more than {PER_NODE} GPUs are whole nodes of {PER_NODE}")
+    shape = f"1x{hosts}x{PER_NODE}" if hosts else f"1x1x{count}"
     return list(topologies.get_topology_desc(platform="cuda", target_config=target(topology), topology=shape).devices)
 
 

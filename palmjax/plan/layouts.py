@@ -88,8 +88,7 @@ ASYNCHRONOUS = {
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true "
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true "
     "--xla_enable_async_all_gather=true",
-    "v5p": "--xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true "
-    "--xla_tpu_enable_ag_backward_pipelining=true --xla_enable_async_all_gather=true",
+    "v5p": "--xla_enable_async_all_gather=true --xla_enable_async_collective_permute=true",
 }
 """Flags (LIBTPU_INIT_ARGS) that let collectives run beside compute, off by default; as MaxText's launch scripts for
 each chip set them (AI-Hypercomputer/maxtext, `src/maxtext/configs/tpu`)."""
@@ -99,7 +98,7 @@ def current(experiment: Experiment, topology: Topology, rows: int, options: str 
     """The layout that an experiment asks for. Raises ConfigError if its mesh does not match the topology."""
     from palmjax import mesh
 
-    sizes = dict(zip(mesh.AXES, mesh.shape(experiment.mesh, topology.devices), strict=True))
+    sizes = dict(zip(mesh.axes(experiment.mesh), mesh.shape(experiment.mesh, topology.devices), strict=True))
     return Layout(
         data=sizes["data"],
         fsdp=sizes["fsdp"],
@@ -200,7 +199,7 @@ class Guesser:
             "RecomputeElementwise": products - 2 * d,  # what a block ends with no gradient needs
             "KeepProjections": queries + hidden / 2,
             "RecomputeAll": 0.0,
-        }["None" if layout.remat is None else type(layout.remat).__name__]
+        }.get("None" if layout.remat is None else type(layout.remat).__name__, products)
         vocab = model.padded_vocab_size
         accumulated = 4.0 * shares * (1 if layout.microbatches > 1 else 0.5)
         held = (
@@ -222,7 +221,7 @@ class Guesser:
             "KeepProjections": 0.12,
             "RecomputeAll": 0.22,
         }
-        extra = again["None" if layout.remat is None else type(layout.remat).__name__]
+        extra = again.get("None" if layout.remat is None else type(layout.remat).__name__, 0.1)
         devices = self.topology.devices
         peak = self.hardware.chip.flops_per_device
         compute = self.flops * (1 + extra) * layout.rows * self.length / devices / peak / MATMUL_EFFICIENCY
@@ -257,6 +256,8 @@ def remedies(
     scale = held / guesser.guess(own).bytes
     found = []
     for layout in guesser.layouts((rows,)):
+        if layout.options:
+            continue  # flags change no memory
         bindings = layout.bindings(own)
         settings = {"mesh" if text.startswith("MeshConfig") else text.split(" = ")[0] for text in bindings}
         guess = guesser.guess(layout)

@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not os.environ.get("JAX_PLATFORMS"):  # this process computes shapes only: leave any accelerator alone
         jax.config.update("jax_platforms", "cpu")
         os.environ["JAX_PLATFORMS"] = "cpu"  # for the compilers
+    if options.update and not options.check:
+        raise ConfigError("--update goes with --check")
     if options.check:
+        if options.topology is not None or options.search:
+            raise ConfigError("--check takes topologies from the files' headers: no --topology, no --search")
         return check.check(flags.files, functools.partial(replan, options.cache, options.timeout), options.update)
     if options.topology is None:
         raise ConfigError(f"--topology is missing: for which machine? For example {topology.EXAMPLES}")
@@ -81,22 +85,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if plan.fits else 1
     print(report.text(plan), end="")
     if not plan.fits and plan.hbm_bytes is not None:
-        held, limit = plan.usage.total, LIMIT * plan.hbm_bytes
+        held, limit = plan.usage.total, build.LIMIT * plan.hbm_bytes
         changes = layouts.remedies(experiment, target, plan.rows, plan.length, held, limit)
         print("\nTO FIT  by arithmetic, the fastest first; plan again to be sure")
         print("\n".join(f"  {change}" for change in changes) or "  no change of one or two settings is enough")
     return 0 if plan.fits else 1
 
 
-LIMIT = 0.95
-"""Of a chip's memory, what a step may take: the TPU compiler keeps the rest (30.75 of 32 GiB on v4)."""
-
-
 def replan(cache: str, timeout: float, path: str, arguments: str) -> build.Plan:
     """The plan that a recorded command gives now, for the file at `path`."""
     flags, rest = configure.parse_flags(shlex.split(arguments))
     options = dict(zip(rest[::2], rest[1::2], strict=False))
-    if "--topology" not in options or set(options) - {"--topology", "--slices", "--batch_size"}:
+    known = {"--topology", "--slices", "--batch_size"}
+    numbers = all(options[name].isdigit() for name in ("--slices", "--batch_size") if name in options)
+    if "--topology" not in options or set(options) - known or len(rest) % 2 or not numbers or len(flags.files) != 1:
         raise ConfigError(
             f"{path}: a recorded plan takes --topology, --slices, --batch_size and --gin.*, not {arguments}"
         )

@@ -28,6 +28,9 @@ import numpy as np
 from palmjax.plan import chips
 from palmjax.plan.topology import Topology
 
+PER_NODE = 8
+"""GPUs of a DGX or HGX node, joined by NVSwitch."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Span:
@@ -41,10 +44,11 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds of a collective, and what it occupies meanwhile: dimensions of the torus, or the network ("dcn")."""
+    """Seconds of a collective, and what it occupies meanwhile: directions of the torus ("0+", "0-", ...), the switch
+    ("nvlink") or the network ("dcn")."""
 
     seconds: float
-    resources: tuple[int | str, ...]
+    resources: tuple[str, ...]
 
 
 class Network:
@@ -104,11 +108,11 @@ class Network:
         if self.crosses_slices(group):
             return self.across(kind, group, size)
         if self.hardware.ici_dims == 0:
-            return self._switched(kind, n, size)
+            return self._switched(kind, group, size)
         spans = self.spans(group)
         if not spans:  # the cores of one chip
             return Cost(0.0, ())
-        used = tuple(span.dim for span in spans)
+        used = tuple(f"{span.dim}{way}" for span in spans for way in "+-")  # both directions of each dimension
         if kind == "all-to-all":
             return Cost(max(self._to_all(span, size) for span in spans) + self._latency(spans), used)
         bandwidth = self._bandwidth(spans, algorithm)
@@ -137,7 +141,9 @@ class Network:
         if (places[:, 0, 0] != places[:, 1, 0]).any():
             return self.exchange(size)
         if self.hardware.ici_dims == 0:
-            return Cost(size / self.link, (0,))
+            nodes = places[:, :, 1] // PER_NODE
+            crosses = bool((nodes[:, 0] != nodes[:, 1]).any())
+            return Cost(size / (self.dcn if crosses else self.link), ("dcn" if crosses else "nvlink",))
         shape = np.array(self.topology.shape)
         ahead = places[:, 1, 1 : 1 + len(shape)] - places[:, 0, 1 : 1 + len(shape)]
         wrap = np.array(self.topology.wrap)
@@ -145,11 +151,13 @@ class Network:
         hops = np.abs(short).sum(axis=1)
         if not hops.any():
             return Cost(0.0, ())
-        # Both directions of a link carry data at once: a shift ahead does not delay one back.
+        # Both directions of a link carry data at once: a shift ahead does not delay one back, nor the one flow that
+        # closes an open line, which runs back over links that the others leave free.
         dim = int(np.abs(short).sum(axis=0).argmax())
-        way = f"{dim}{'+' if np.median(short[:, dim]) >= 0 else '-'}"
-        far = float(hops.max())
-        return Cost(size * far / self.link + far * chips.ICI_HOP_SECONDS, (way,))
+        ahead_, back = (np.abs(short[:, dim])[short[:, dim] * sign > 0] for sign in (1, -1))
+        load = max(1.0, float(np.median(ahead_ if len(ahead_) >= len(back) else back)))
+        way = f"{dim}{'+' if len(ahead_) >= len(back) else '-'}"
+        return Cost(size * load / self.link + float(hops.max()) * chips.ICI_HOP_SECONDS, (way,))
 
     def _phases(self, algorithm: dict[str, str]) -> int:
         """Dimensions that the compiler works through one after another; 1 is a single ring."""
@@ -178,9 +186,14 @@ class Network:
     def _latency(self, spans: list[Span]) -> float:
         return chips.ICI_HOP_SECONDS * sum(span.members / (2 if span.ring else 1) for span in spans)
 
-    def _switched(self, kind: str, n: int, size: float) -> Cost:
-        """Behind a switch every device sends at its full rate; groups beyond a node of eight go over the network."""
-        rate = self.link if n <= 8 else self.dcn
-        times = 2.0 if kind == "all-reduce" else 1.0
-        resource = 0 if n <= 8 else "dcn"
-        return Cost(times * size * (n - 1) / n / rate + math.log2(n) * chips.ICI_HOP_SECONDS, (resource,))
+    def _switched(self, kind: str, group: np.ndarray, size: float) -> Cost:
+        """Behind a switch every device sends at its full rate. Between nodes each sends its share of what its node has
+        gathered over its own part of the network; inside one it all goes over the switch.
+        """
+        n, times = len(group), 2.0 if kind == "all-reduce" else 1.0
+        nodes = len(np.unique(self.coords[group][:, 1] // PER_NODE))
+        latency = math.log2(n) * chips.ICI_HOP_SECONDS
+        if nodes == 1:
+            return Cost(times * size * (n - 1) / n / self.link + latency, ("nvlink",))
+        between = times * size / (n / nodes) * (nodes - 1) / nodes / self.dcn
+        return Cost(between + latency, ("dcn",))

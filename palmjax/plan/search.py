@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -85,7 +86,7 @@ def search(
     divides.
     """
     began = time.monotonic()
-    length = experiment.train_dataset.task_feature_lengths["targets"]
+    length = build.row_length(experiment)
     batches = tuple(rows or (build.batch_rows(experiment),))
     options = os.environ.get("LIBTPU_INIT_ARGS", "")
     guesser = Guesser(experiment, topology, length)
@@ -99,7 +100,8 @@ def search(
             f"no mesh of {topology} divides {' or '.join(map(str, batches))} rows and the model's dimensions"
         )
     chosen = shortlist(legal, guesser.hardware.chip.hbm_bytes_per_device, budget)
-    if own in legal:
+    if own is not None:  # also with a policy or a number of microbatches that is on no list: the compiler will say
+        legal.setdefault(own, guesser.guess(own))
         chosen = [own, *(layout for layout in chosen if layout != own)]
 
     def plan(layout: Layout) -> Tried:
@@ -186,10 +188,18 @@ def winner(result: Result, files: Sequence[str], bindings: Sequence[str]) -> str
     if best.layout.options:
         lines.append(f"# Launch with LIBTPU_INIT_ARGS='{best.layout.options}'")
     lines += [f'include "{file}"' for file in files] + [""]
-    lines += [binding.replace("=", " = ", 1) for binding in bindings]
+    lines += [_as_gin(binding) for binding in bindings]
     own = result.own.layout if result.own else None
-    lines += best.layout.bindings(own)
+    # The run's own batches, perhaps a ramp, stay where the search did not change them.
+    lines += [line for line in best.layout.bindings(own) if own or not line.startswith("BATCH_SIZE")]
     return "\n".join(lines) + "\n"
+
+
+def _as_gin(binding: str) -> str:
+    """A command line's binding as a line of gin: a bare word or path gets its quotes."""
+    name, _, value = binding.partition("=")
+    bare = re.fullmatch(r"[A-Za-z_~./][\w~./:*?+,-]*", value) and value not in ("True", "False", "None")
+    return f'{name} = "{value}"' if bare else f"{name} = {value}"
 
 
 class Console:

@@ -17,7 +17,8 @@ from typing import Any
 from palmjax.config import ConfigError
 from palmjax.plan import compiler, memory, topology
 
-OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "CompileTimeHbmOom", "Ran out of memory")
+OUT_OF_MEMORY = ("CompileTimeHbmOom", "memory space hbm", "Ran out of memory on HBM")
+"""Marks of a device whose memory is too small; a kernel that exceeds the chip's scratch memory is another error."""
 
 
 def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str
     version = _compiler(request.topology)
     options = os.environ.get("LIBTPU_INIT_ARGS", "")
     # Without the places in the source: an edit that moves a line leaves the step as it was.
-    name = compiler.key(lowered.as_text(), version, options, request.topology)
+    coords = [_coords(d) for d in built.devices.flat]
+    name = compiler.key(lowered.as_text(), version, jax.__version__, options, str(request.topology), str(coords))
     if (root / name / "facts.json").exists():
         return {"entry": name}
     began = time.perf_counter()
@@ -55,6 +57,8 @@ def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str
     files = {path.name: path for path in pathlib.Path(dump).rglob("*jit_step*.txt")}
     if oom:
         text = _newest(files, "oom_intermediate_module.txt", "after_optimizations_before_buffer_assignment.txt")
+        if not text:
+            return {"compiler_error": oom}
     usage = memory.read(_newest(files, "buffer-assignment.txt"), _newest(files, "live-range.txt"), text, code)
     facts = {
         "compiler": version,
@@ -62,7 +66,7 @@ def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str
         "jax": jax.__version__,
         "topology": str(request.topology),
         "mesh": dict(zip(built.axis_names, built.devices.shape, strict=True)),
-        "coords": [_coords(d) for d in built.devices.flat],
+        "coords": coords,
         "lowering_seconds": lowering,
         "compile_seconds": seconds,
     }
