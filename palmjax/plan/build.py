@@ -73,8 +73,8 @@ class Plan:
 
     fits: whether a device's memory holds the step; `problem` are the compiler's words if not. usage and hbm_bytes: of
     one device. model_flops: a token, 6N + 12LHQT (PaLM appendix B). hardware_flops: a token, of the matmuls the
-    compiler kept. time and all that follows from it: None for a step that does not fit, and on a CPU, whose speed is
-    not modelled.
+    compiler kept and as kernels state theirs (of causal attention the half they compute). time and all that follows
+    from it: None for a step that does not fit, and on a CPU, whose speed is not modelled.
     """
 
     topology: str
@@ -152,9 +152,9 @@ def build(request: compiler.Request, artifact: compiler.Artifact) -> Plan:
     time, speed, mfu_, hfu, per_token, run, caveats = None, None, None, None, None, None, []
     hbm = hardware.chip.hbm_bytes_per_device if hardware else None
     problem = artifact.oom
-    if (
-        not problem and hbm is not None and artifact.usage.total > LIMIT * hbm
-    ):  # XLA compiles for a GPU whatever its size
+    # The TPU compiler itself refuses what does not fit; XLA compiles for a GPU whatever its size.
+    refuses = hardware is None or hardware.platform == "tpu"
+    if not refuses and hbm is not None and artifact.usage.total > LIMIT * hbm:
         problem = f"{artifact.usage.total / 2**30:.1f} GiB are more than {LIMIT:.0%} of the device's {hbm / 2**30:.0f}"
     # A schedule that was given up half-way for want of memory has no estimates worth reading.
     if hardware is not None and not problem:
