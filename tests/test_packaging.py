@@ -91,11 +91,29 @@ def test_the_version_is_said_once(installed: Path) -> None:
     assert run(installed, "palmjax", "--version").startswith("palmjax ")
 
 
-def test_the_lock_is_exact_and_names_no_index() -> None:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
+RUNTIME = {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "matplotlib", "uv"}
+FOR_TESTS = {"pytest", "ruff", "pyright", "libtpu", "transformers", "safetensors", "tokenizers"}
+
+
+@pytest.mark.parametrize(
+    "name, wanted", [("requirements.lock", RUNTIME), ("requirements-dev.lock", RUNTIME | FOR_TESTS)]
+)
+def test_the_lock_is_exact_and_names_no_index(name: str, wanted: set[str]) -> None:
+    lines = (ROOT / name).read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith((" ", "#"))]
     assert all("==" in line for line in pins)
     assert len(pins) > 50
     assert not [line for line in lines if "://" in line or "--index" in line or "-index-url" in line]
     locked = {line.split("==")[0].lower() for line in pins}
-    assert {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "pytest", "ruff", "pyright", "uv"} <= locked
+    assert wanted <= locked
+
+
+def test_what_the_two_locks_share_has_one_version() -> None:
+    def pins(name: str) -> dict[str, str]:
+        lines = (ROOT / name).read_text().splitlines()
+        return dict(
+            line.split(" ")[0].split("==") for line in lines if "==" in line and not line.startswith((" ", "#"))
+        )
+
+    both = pins("requirements.lock"), pins("requirements-dev.lock")
+    assert {name: version for name, version in both[1].items() if name in both[0]} == both[0]

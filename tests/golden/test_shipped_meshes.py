@@ -14,7 +14,7 @@ from palmjax.data.order import ramp_of
 from palmjax.mesh import AXES, shape
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[2] / "gin" / "exp").glob("*.gin"))
-DEVICES = {"palm_8b": 256, "palm_62b": 512, "palm_540b": 6144, "palm_nano_stdlib": 1, "palm_stdlib": 1}
+DEVICES = {"palm_8b": 128, "palm_62b": 512, "palm_540b": 6144, "palm_nano_stdlib": 1, "palm_stdlib": 1}
 """The most devices of each file's header."""
 GIVEN = {"MODEL_DIR": "run", "TRAIN_FILES": "x.jsonl", "SENTENCEPIECE_MODEL": "m.model"}
 """What only the user of a file with %gin.REQUIRED can know."""
