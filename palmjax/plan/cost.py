@@ -144,6 +144,10 @@ class _Walk:
             self._conditional(instruction, runs)
         elif opcode in ("send", "recv", "send-done", "recv-done"):
             self._exchange(computation, instruction, runs)
+        elif opcode == "async-update":
+            self.under_way[instruction.name] = self.under_way.pop(instruction.operands[0], None) or _Transfer(
+                self.clock, Cost(0.0, ()), ICI, ""
+            )
         elif opcode.endswith("-done"):
             self._wait(instruction, instruction.operands[0], runs)
         elif opcode.endswith("-start"):
