@@ -127,7 +127,8 @@ def check(example: Example, function: Any, dtype: Any = np.float32, tolerance: f
         for name, mine, true in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
             mine, true = np.asarray(mine, np.float64), np.asarray(true)
             assert np.all(np.isfinite(mine)), name
-            # A log-sum-exp sums terms of size one and a gradient terms of a tenth; either may cancel to nothing.
-            floor = 1.0 if name == "lse" else 1e-1
-            error = np.linalg.norm(mine - true) / max(np.linalg.norm(true), floor)
-            assert error < tolerance, f"{name}: {error:.1e} of {example}"
+            # A log-sum-exp sums terms of size one and may cancel to nothing.
+            error = np.linalg.norm(mine - true) / max(np.linalg.norm(true), 1.0 if name == "lse" else 1e-3)
+            # Where one key takes all the weight, dP - delta cancels and leaves float32's rounding of terms of size ten.
+            allowed = tolerance if name in ("out", "lse") else 3 * tolerance
+            assert error < allowed, f"{name}: {error:.1e} of {example}"
