@@ -258,6 +258,13 @@ def split_rows(x: jax.Array, parts: int) -> jax.Array:
     return jnp.moveaxis(split, 1, 0)
 
 
+def zeros_like(abstract: Any) -> jax.Array:
+    """Zeros of an abstract array's shape and type, in the layout that its type carries (none outside a mesh)."""
+    layout = abstract.sharding
+    spec = None if layout is None or layout.mesh.empty else layout.spec
+    return jnp.zeros(abstract.shape, abstract.dtype, out_sharding=spec)
+
+
 def concrete(abstract: Any, mesh: Mesh) -> Any:
     """ShapeDtypeStructs traced under an active mesh, with their shardings on the concrete `mesh` (scalars
     replicated).

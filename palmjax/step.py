@@ -92,14 +92,9 @@ def accumulate(loss: LossFn, params: Any, batch: Batch, key: jax.Array | None, m
     # From zeros, so that there is one copy of the program; the loop keeps the parts from being alive side by side.
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(gradient, params, first, key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=_spec(s)), shapes)
+    zeros = jax.tree.map(sharding.zeros_like, shapes)
     total, _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))
     return total
-
-
-def _spec(array: Any) -> Any:
-    """The layout in an abstract array's type; None outside a mesh."""
-    return None if array.sharding is None or array.sharding.mesh.empty else array.sharding.spec
 
 
 @dataclasses.dataclass(frozen=True)

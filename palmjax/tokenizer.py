@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from palmjax.config import ConfigError
 from palmjax.data.vocabulary import SentencePiece
+from palmjax.files import write_whole
 
 # SentencePiece writes a space as U+2581 and so takes U+2581 in a text for a space. Its own normalizer therefore escapes
 # it, with U+0001 as the escape character, and the denormalizer turns it back. The escape of U+2581 has three bytes like
@@ -131,9 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     vocabulary = train(texts, flags.vocab_size, flags.model_type, flags.character_coverage)
     os.makedirs(flags.output, exist_ok=True)
     path = os.path.join(flags.output, MODEL_FILE)
-    with open(f"{path}.new", "wb") as file:
-        file.write(vocabulary.model)
-    os.replace(f"{path}.new", path)
+    write_whole(path, vocabulary.model)
     sample = "".join(texts)[: 1 << 20]
     ratio = len(sample.encode()) / len(vocabulary.encode(sample))
     print(f"{path}: {vocabulary.size:,} ids; {ratio:.2f} bytes a token on the first {len(sample):,} characters")

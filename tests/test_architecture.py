@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LEVELS = (
-    {"config", "chips", "libtpu"},
+    {"config", "chips", "files", "libtpu", "progress"},
     {"mesh", "sharding", "distributed", "model_dir", "pallas_kernels"},
     {"models", "data", "loss", "optim", "sampling"},
     {"state", "metrics", "provenance"},

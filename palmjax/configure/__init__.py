@@ -23,9 +23,9 @@ from palmjax.configure.build import Config, Node, build, build_macro
 from palmjax.configure.flags import USAGE, Flags, parse_flags
 from palmjax.configure.names import Names
 from palmjax.configure.show import Operative, Tree, describe, flatten
-from palmjax.configure.text import Reader
+from palmjax.configure.text import Reader, as_gin
 
-__all__ = ["USAGE", "Flags", "Loaded", "describe", "load", "load_model", "main", "parse_flags"]
+__all__ = ["USAGE", "Flags", "Loaded", "as_gin", "describe", "load", "load_model", "main", "parse_flags"]
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,24 @@ def _parse(text: str, where: str) -> Iterator[Any]:
         raise ConfigError(f"{where}:{line}: {message}") from error
 
 
+def as_gin(binding: str) -> str:
+    """A command line's binding as a line of gin: a bare word or path after `=` is a string (`MODEL_DIR=/tmp/run`).
+
+    Raises ConfigError for what is neither.
+    """
+    where = f"--gin.{binding.partition('=')[0].strip()}"
+    try:
+        list(_parse(binding, where))
+    except ConfigError:
+        bare = re.fullmatch(r"\s*([\w./]+)\s*=\s*([\w./~][^\s'\"]*)\s*", binding)
+        if not bare:
+            raise ConfigError(
+                f"{where}: cannot read {binding!r} as gin; quote a string, as in {where}=\"'text'\""
+            ) from None
+        return f"{bare[1]} = {bare[2]!r}"
+    return binding
+
+
 def gin_text(value: Any) -> str:
     """`value` as gin text. Raises TypeError for what gin cannot write."""
     if value is None or isinstance(value, (bool, int, str, Reference, Macro)):
@@ -183,17 +201,9 @@ class Reader:
         self._statements(text, shown, shown, (*chain, key))
 
     def binding(self, text: str) -> None:
-        """Reads one command-line binding. A bare word or path after `=` is taken as a string (`MODEL_DIR=/tmp/run`)."""
+        """Reads one command-line binding."""
         where = "--gin." + text.partition("=")[0].strip()
-        try:
-            self._statements(text, where, "the command line", ())
-        except ConfigError:
-            bare = re.fullmatch(r"\s*([\w./]+)\s*=\s*([\w./~][^\s'\"]*)\s*", text)
-            if not bare:
-                raise ConfigError(
-                    f"{where}: cannot read {text!r} as gin; quote a string, as in {where}=\"'text'\""
-                ) from None
-            self._statements(f"{bare[1]} = {bare[2]!r}", where, "the command line", ())
+        self._statements(as_gin(text), where, "the command line", ())
 
     def _statements(self, text: str, origin: str, unit: str, chain: tuple[str, ...]) -> None:
         for statement in list(_parse(text, origin)):

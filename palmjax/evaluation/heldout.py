@@ -23,10 +23,11 @@ from palmjax.data import feed
 from palmjax.data.batch import Batch, abstract_batch
 from palmjax.loss import token_losses
 from palmjax.models.api import LanguageModel
+from palmjax.progress import Progress
 
 SUMS = ("nats", "log_z_squared", "tokens", "correct", "bytes")
 
-Progress = Callable[[int, int], None]
+Report = Callable[[int, int], None]
 """Told (batches scored, batches in all)."""
 
 
@@ -108,7 +109,7 @@ class HeldOut:
         with sharding.activate(self._mesh, self._rules):
             self._step = self._step.lower(params, self._table, batch).compile()
 
-    def run(self, params: Any, max_batches: int | None = None, progress: Progress | None = None) -> Result:
+    def run(self, params: Any, max_batches: int | None = None, progress: Report | None = None) -> Result:
         """Scores the rows in order: all of them, or those of the first `max_batches` batches.
 
         All processes of a job call it together. Raises ConfigError if no token has any weight.
@@ -148,36 +149,6 @@ def _row_sums(model: LanguageModel, params: Any, table: jax.Array, batch: Batch)
 
 
 # --- the verb ------------------------------------------------------------------------------------------------------
-
-
-class _Console:
-    """Batches scored, on standard error: a bar on a terminal, plain lines every ten seconds elsewhere."""
-
-    LINE_PERIOD = 10.0
-
-    def __init__(self, title: str):
-        self._title, self._printed = title, time.monotonic()
-        self._stack = contextlib.ExitStack()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress as Bar
-
-            self._bar = self._stack.enter_context(Bar(console=Console(stderr=True), transient=True))
-            self._task = self._bar.add_task(title, total=None)
-
-    def __enter__(self) -> _Console:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def __call__(self, done: int, batches: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=batches)
-        elif time.monotonic() - self._printed > self.LINE_PERIOD:
-            self._printed = time.monotonic()
-            print(f"{self._title}: {done}/{batches} batches", file=sys.stderr, flush=True)
 
 
 def _report(record: dict[str, Any]) -> str:
@@ -249,8 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         began = time.perf_counter()
         primary = jax.process_index() == 0
         title = f"evaluating on {heldout.task} ({heldout.split})"
-        with _Console(title) if primary else contextlib.nullcontext() as console:
-            result = heldout.run(params, options.max_batches, console)
+        with Progress(title, unit="batches") if primary else contextlib.nullcontext() as progress:
+            result = heldout.run(params, options.max_batches, progress)
         record = {
             "checkpoint": path,
             "step": info.step,

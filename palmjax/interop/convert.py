@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,12 +24,12 @@ from palmjax.interop.huggingface import families, folder
 from palmjax.interop.huggingface.family import Family, architecture
 from palmjax.interop.mapping import Tensor
 from palmjax.interop.orbax_arrays import Reader
-from palmjax.interop.progress import Progress
 from palmjax.interop.staging import Staging
 from palmjax.interop.t5x import names as t5x_names
 from palmjax.interop.t5x import reading
 from palmjax.interop.t5x import transfer as t5x
 from palmjax.models.decoder import Decoder
+from palmjax.progress import Progress
 from palmjax.provenance import RunInfo
 
 BESIDE = "source"
@@ -73,6 +73,13 @@ def _run_file(text: str, model: Decoder | None, files: Sequence[str], bindings: 
     return RunFile(text=text, experiment=loaded.experiment, operative=loaded.operative, flat=loaded.flat())
 
 
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` bytes are done; to be told of each few."""
+    with Progress(title, total / 1e6, "MB") as progress:
+        yield lambda moved: progress.advance(moved / 1e6)
+
+
 def _receive(
     target: Path,
     step: int,
@@ -94,7 +101,7 @@ def _receive(
     with converted.into(target, step, identity) as checkpoint:
         shapes = converted.full_shapes(run.experiment.model)
         total = 4 * sum(math.prod(tensor.shape) for tensor in planned.values())
-        with Progress(title, total) as progress:
+        with _progress(title, total) as progress:
             transfer.receive(planned, source, checkpoint.writer, shapes, checkpoint.staging, progress)
         checkpoint.arrays = {("params", *path): ("float32", shape) for path, shape in shapes.items()}
         for file in carried:
@@ -224,7 +231,7 @@ def to_t5x(source: str, target: Path, *, dtype: str = "float32", bindings: Seque
     planned = t5x.plan(opened.model, form, "T5X")
     copies = 3 if t5x.has_moments(reader) else 1
     total = 4 * copies * sum(math.prod(tensor.shape) for tensor in planned.values())
-    with Progress("palmjax to T5X", total) as progress:
+    with _progress("palmjax to T5X", total) as progress:
         t5x.send(planned, reader, staging, progress, dtype=dtype, step=opened.info.step)
     staging.commit()
     return str(final)
@@ -265,7 +272,7 @@ def to_huggingface(
         staging.abandon()
         raise ConfigError(f"{target} can't be written: {error.strerror}") from error
     total = 4 * sum(math.prod(tensor.shape) for tensor in planned.values())
-    with Progress(f"palmjax to {family.model_type}", total) as progress:
+    with _progress(f"palmjax to {family.model_type}", total) as progress:
         reader = Reader(opened.path / "state")
         transfer.send(planned, reader, folder.Tensors(placed, writable=True), staging, progress)
     _write_beside(staging.folder, beside, config, opened.info.vocabulary)

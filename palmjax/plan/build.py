@@ -12,6 +12,7 @@ import numpy as np
 from palmjax.config import BatchSizePart, ConfigError, Experiment
 from palmjax.metrics.throughput import mfu
 from palmjax.plan import compiler, cost, memory
+from palmjax.plan.layouts import policy_name
 from palmjax.plan.network import Network
 from palmjax.plan.topology import Topology
 
@@ -176,7 +177,7 @@ def build(request: compiler.Request, artifact: compiler.Artifact) -> Plan:
         rows=request.rows,
         length=request.length,
         microbatches=experiment.train.microbatches,
-        remat="None" if remat is None else type(remat).__name__,
+        remat=policy_name(remat),
         residual=experiment.sharding.residual,
         parameters=totals.parameters,
         compiler=artifact.facts["compiler"],

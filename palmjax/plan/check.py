@@ -11,12 +11,12 @@ Check plans anew and fails if the step no longer fits, or a figure has moved by 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 
 from palmjax.config import ConfigError
+from palmjax.files import write_whole
 from palmjax.plan import compiler
 from palmjax.plan.build import Plan
 
@@ -133,7 +133,4 @@ def _rewrite(path: str, record: Record, plan: Plan) -> None:
     with open(path) as file:
         lines = file.read().split("\n")
     lines[record.line + 1] = figures(plan)
-    scratch = path + ".part"
-    with open(scratch, "w") as file:
-        file.write("\n".join(lines))
-    os.replace(scratch, path)
+    write_whole(path, "\n".join(lines))

@@ -72,7 +72,6 @@ class Entry:
     place: str
     axis: str = ""
     hidden: float = 0.0
-    flops: float = 0.0
     source: str = ""
     inside: bool = False
 
@@ -106,12 +105,20 @@ def predict(module: hlo.Module, hardware: Hardware, network: Network, slices: in
 
 @dataclasses.dataclass
 class _Transfer:
-    """A transfer under way: when it ends, how long it takes alone, and what it belongs to."""
+    """A transfer under way: when it ends, how long it takes alone, and the mesh axes it runs along."""
 
     end: float
     cost: Cost
-    kind: str
     axis: str
+
+    @property
+    def kind(self) -> str:
+        return _kind(self.cost.resources)
+
+
+def _kind(resources: tuple[str, ...]) -> str:
+    """What a wait for one of `resources` counts as."""
+    return DCN if "dcn" in resources else OTHER if "hbm" in resources else ICI
 
 
 class _Walk:
@@ -146,7 +153,7 @@ class _Walk:
             self._exchange(computation, instruction, runs)
         elif opcode == "async-update":
             self.under_way[instruction.name] = self.under_way.pop(instruction.operands[0], None) or _Transfer(
-                self.clock, Cost(0.0, ()), ICI, ""
+                self.clock, Cost(0.0, ()), ""
             )
         elif opcode.endswith("-done"):
             self._wait(instruction, instruction.operands[0], runs)
@@ -167,9 +174,10 @@ class _Walk:
         body = self.run(loop.called["body"], runs * trips)
         slowest = max(self.busy, key=lambda resource: self.busy[resource], default=None)
         if slowest is not None and self.busy[slowest] > body:
-            kind = DCN if slowest == "dcn" else OTHER if slowest == "hbm" else ICI
-            entry = Entry(kind, self.busy[slowest] - body, runs * trips, loop, loop.op_name, "", "", source="network")
-            self.entries.append(entry)
+            waited = self.busy[slowest] - body
+            self.entries.append(
+                Entry(_kind((slowest,)), waited, runs * trips, loop, loop.op_name, "", "", source="network")
+            )
             body = self.busy[slowest]
         if trips == 0:
             del self.entries[first:]
@@ -199,12 +207,12 @@ class _Walk:
 
     # Transfers.
 
-    def _begin(self, name: str, cost: Cost, kind: str, axis: str) -> None:
+    def _begin(self, name: str, cost: Cost, axis: str) -> None:
         start = max([self.clock, *(self.free.get(resource, 0.0) for resource in cost.resources)])
         for resource in cost.resources:
             self.free[resource] = start + cost.seconds
             self.busy[resource] += cost.seconds
-        self.under_way[name] = _Transfer(start + cost.seconds, cost, kind, axis)
+        self.under_way[name] = _Transfer(start + cost.seconds, cost, axis)
 
     def _wait(self, instruction: hlo.Instruction, name: str, runs: int) -> None:
         transfer = self.under_way.pop(name, None)
@@ -220,30 +228,26 @@ class _Walk:
         if opcode in ("copy", "slice", "dynamic-slice", "dynamic-update-slice"):
             # The destination is what moves; its other end is on the other side of HBM's bus.
             moved = min((s.bytes for s in instruction.result if s.elements > 1), default=0.0)
-            self._begin(instruction.name, Cost(moved / self.hardware.hbm_bandwidth_per_device, ("hbm",)), OTHER, "")
+            self._begin(instruction.name, Cost(moved / self.hardware.hbm_bandwidth_per_device, ("hbm",)), "")
             return
         found = self._collective(computation, instruction)
         if found is None:
             self._operation(computation, instruction, runs)
             return
-        cost, axis = found
-        self._begin(instruction.name, cost, DCN if "dcn" in cost.resources else ICI, axis)
+        self._begin(instruction.name, *found)
 
     def _exchange(self, computation: hlo.Computation, instruction: hlo.Instruction, runs: int) -> None:
         """Slices exchange through their hosts: a send and a recv of one rendezvous are one transfer."""
         if not instruction.opcode.endswith("-done"):
-            meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.text)
-            name = meeting[1] if meeting else instruction.name
             if instruction.opcode == "send":
                 size = max((s.bytes for s in instruction.result), default=0.0)
                 if "ALL_REDUCE" in instruction.text:
                     size *= 2.0 * (self.slices - 1) / max(self.slices, 1)
-                self._begin(name, self.network.exchange(size), DCN, self._across())
+                self._begin(instruction.rendezvous, self.network.exchange(size), self._across())
             return
         begun = computation.by_name.get(instruction.operands[0])
         if instruction.opcode == "recv-done" and begun is not None:
-            meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', begun.text)
-            self._wait(instruction, meeting[1] if meeting else begun.name, runs)
+            self._wait(instruction, begun.rendezvous, runs)
 
     def _across(self) -> str:
         """The mesh axis whose neighbours lie in different slices: the data axis."""
@@ -259,18 +263,12 @@ class _Walk:
         if channel is not None and instruction.name.startswith("async-collective-start"):
             found = self._collective(computation, instruction)
             if found is not None:
-                self._begin(channel, found[0], DCN if "dcn" in found[0].resources else ICI, found[1])
+                self._begin(channel, *found)
             return
         found = None if channel is not None else self._collective(computation, instruction)
         if found is not None:
-            cost, axis = found
-            began = max([self.clock, *(self.free.get(resource, 0.0) for resource in cost.resources)])
-            seconds = began + cost.seconds - self.clock
-            for resource in cost.resources:
-                self.free[resource] = began + cost.seconds
-                self.busy[resource] += cost.seconds
-            kind = DCN if "dcn" in cost.resources else ICI
-            self._advance(kind, seconds, runs, instruction, axis=axis, source="network")
+            self._begin(instruction.name, *found)
+            self._wait(instruction, instruction.name, runs)
             return
         flops = counting.flops(self.module, computation, instruction)
         self.flops += flops * runs
@@ -291,7 +289,8 @@ class _Walk:
             memory = moved / (self.hardware.hbm_bandwidth_per_device * MEMORY_EFFICIENCY)
             seconds, source = max(compute, memory), "roofline"
         if seconds > 0:
-            self._advance(kind, seconds, runs, instruction, flops=flops, source=source)
+            self.clock += seconds
+            self._add(kind, seconds, runs, instruction, source=source)
 
     def _asynchronous(self, instruction: hlo.Instruction) -> str | None:
         """The channel of a collective that runs beside compute in steps fused into several operations; else None."""
@@ -367,10 +366,6 @@ class _Walk:
 
     def _moved(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
         return traffic.moved(self.module, computation, instruction)
-
-    def _advance(self, kind: str, seconds: float, runs: int, instruction: hlo.Instruction, **details: Any) -> None:
-        self.clock += seconds
-        self._add(kind, seconds, runs, instruction, **details)
 
     def _add(self, kind: str, seconds: float, runs: int, instruction: hlo.Instruction, **details: Any) -> None:
         named = self.module.named(instruction)

@@ -110,6 +110,12 @@ class Instruction:
         return None if found is None or int(found[1]) >= 2**62 else float(found[1])
 
     @functools.cached_property
+    def rendezvous(self) -> str:
+        """What a send and the recv of its other end have in common; its own name if the compiler wrote none."""
+        found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', self.text)
+        return found[1] if found else self.name
+
+    @functools.cached_property
     def target(self) -> str:
         """A custom call's target."""
         found = re.search(r'custom_call_target="([^"]*)"', self.text)

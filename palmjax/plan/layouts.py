@@ -28,6 +28,11 @@ MATMUL_EFFICIENCY = 0.8
 """Of the peak, in the guess: about what the compiler's own cycles come to for large matmuls."""
 
 
+def policy_name(remat: Any) -> str:
+    """A remat policy's name in gin, "None" for none."""
+    return "None" if remat is None else type(remat).__name__
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One way to run a job: mesh axis sizes, remat policy, microbatches, residual stream over the tensor axis, rows,
@@ -61,10 +66,8 @@ class Layout:
             "MeshConfig.fsdp": self.fsdp,
             "MeshConfig.tensor": self.tensor,
             "ShardingRules.residual": '("tensor",)' if self.residual else "()",
-            "Decoder.remat": "None" if self.remat is None else f"@{type(self.remat).__name__}()",
-            **{
-                f"{type(self.remat).__name__}.{k}": repr(v) for k, v in (vars(self.remat) if self.remat else {}).items()
-            },
+            "Decoder.remat": "None" if self.remat is None else f"@{policy_name(self.remat)}()",
+            **{f"{policy_name(self.remat)}.{k}": repr(v) for k, v in (vars(self.remat) if self.remat else {}).items()},
             "TrainConfig.microbatches": self.microbatches,
             "BATCH_SIZE": self.rows,
         }
@@ -74,11 +77,11 @@ class Layout:
         return [f"{key} = {value}" for key, value in values.items()]
 
     def __str__(self) -> str:
-        remat = "None" if self.remat is None else type(self.remat).__name__
         residual = ", residual over tensor" if self.residual else ""
         return (
-            f"data={self.data} fsdp={self.fsdp} tensor={self.tensor}, {remat}, {self.microbatches} microbatch"
-            f"{'es' if self.microbatches > 1 else ''}{residual}, {self.rows} rows{', async' if self.options else ''}"
+            f"data={self.data} fsdp={self.fsdp} tensor={self.tensor}, {policy_name(self.remat)}, "
+            f"{self.microbatches} microbatch{'es' if self.microbatches > 1 else ''}{residual}, "
+            f"{self.rows} rows{', async' if self.options else ''}"
         )
 
 
@@ -146,7 +149,6 @@ class Guesser:
         self.kv_heads = block.attention.num_kv_heads
         inside = [shape for shape, axes in self.params if axes and axes[0] == "layers"]
         self.layer_values = sum(math.prod(shape) for shape in inside) / model.num_layers
-        self.hidden = max((shape[-1] for shape in inside), default=model.d_model)
         widths = [shape[axes.index("mlp")] for shape, axes in self.params if "mlp" in axes and axes[0] == "layers"]
         self.mlp_outputs = sum(widths) - (max(widths) if widths else 0)  # all but the last one's input
 
@@ -199,7 +201,7 @@ class Guesser:
             "RecomputeElementwise": products - 2 * d,  # what a block ends with no gradient needs
             "KeepProjections": queries + hidden / 2,
             "RecomputeAll": 0.0,
-        }.get("None" if layout.remat is None else type(layout.remat).__name__, products)
+        }.get(policy_name(layout.remat), products)
         vocab = model.padded_vocab_size
         accumulated = 4.0 * shares * (1 if layout.microbatches > 1 else 0.5)
         held = (
@@ -221,7 +223,7 @@ class Guesser:
             "KeepProjections": 0.12,
             "RecomputeAll": 0.22,
         }
-        extra = again.get("None" if layout.remat is None else type(layout.remat).__name__, 0.1)
+        extra = again.get(policy_name(layout.remat), 0.1)
         devices = self.topology.devices
         peak = self.hardware.chip.flops_per_device
         compute = self.flops * (1 + extra) * layout.rows * self.length / devices / peak / MATMUL_EFFICIENCY

@@ -17,6 +17,7 @@ import jax
 from palmjax import configure
 from palmjax.config import ConfigError, Experiment
 from palmjax.plan import build, check, chips, compiler, layouts, report, search, topology
+from palmjax.progress import Progress
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,7 +111,7 @@ def replan(cache: str, timeout: float, path: str, arguments: str) -> build.Plan:
 
 def _search(experiment: Experiment, target: topology.Topology, flags: configure.Flags, options: Any) -> int:
     rows = _rows(options)
-    with search.Console() as progress:
+    with Progress("compiling layouts", unit="layouts", line_period=0) as progress:
         result = search.search(
             experiment,
             target,
@@ -119,10 +120,10 @@ def _search(experiment: Experiment, target: topology.Topology, flags: configure.
             jobs=options.jobs,
             cache=options.cache,
             timeout=options.timeout,
-            progress=progress,
+            progress=lambda done, total, newest: progress(done, total, search.progress_line(newest)),
         )
     print(search.table(result))
-    text = search.winner(result, flags.files, flags.bindings)
+    text = search.winner(result, flags.files, [configure.as_gin(binding) for binding in flags.bindings])
     print(text, end="")
     best = result.best
     if options.output and best is not None and best.plan is not None:

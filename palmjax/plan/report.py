@@ -97,19 +97,16 @@ def _gib(size: float) -> str:
 
 def picture(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Memory, time by kind and by part, and the slowest operations, as one PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(14, 9), width_ratios=(1, 1.6), layout="constrained")
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    axes = figure.subplots(2, 2, width_ratios=(1, 1.6))
     figure.suptitle(_headline(plan), fontsize=12)
     _draw_memory(axes[0, 0], plan)
     _draw_kinds(axes[1, 0], plan)
     _draw_parts(axes[0, 1], plan)
     _draw_slowest(axes[1, 1], plan)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 _COLORS = {
@@ -131,12 +128,10 @@ def _headline(plan: Plan) -> str:
 
 def pareto(result: Result, path: str | os.PathLike[str]) -> None:
     """The layouts of a search, memory against tokens/s, with the Pareto front, as one PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
     runs = [tried for tried in result.tried if tried.speed and tried.plan]
     for tried in runs:
         assert tried.plan is not None
@@ -153,7 +148,6 @@ def pareto(result: Result, path: str | os.PathLike[str]) -> None:
     axes.margins(0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _draw_memory(axes: Any, plan: Plan) -> None:

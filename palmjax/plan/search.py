@@ -9,8 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,8 +63,8 @@ class Result:
         return tuple(front)
 
 
-Progress = Callable[[int, int, float, Tried], None]
-"""Told (layouts compiled, layouts to compile, seconds so far, the newest)."""
+Progress = Callable[[int, int, Tried], None]
+"""Told (layouts compiled, layouts to compile, the newest)."""
 
 
 def search(
@@ -117,7 +115,7 @@ def search(
             for done in concurrent.futures.as_completed([pool.submit(plan, layout) for layout in chosen]):
                 tried.append(done.result())
                 if progress is not None:
-                    progress(len(tried), len(chosen), time.monotonic() - began, tried[-1])
+                    progress(len(tried), len(chosen), tried[-1])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             compiler.stop_all()
@@ -172,7 +170,7 @@ def table(result: Result) -> str:
 
 
 def winner(result: Result, files: Sequence[str], bindings: Sequence[str]) -> str:
-    """A gin file that runs the best layout: the given files, the given bindings, and what the search changed.
+    """A gin file that runs the best layout: the given files, the given lines of gin, and what the search changed.
 
     Raises ConfigError if nothing fits.
     """
@@ -188,54 +186,15 @@ def winner(result: Result, files: Sequence[str], bindings: Sequence[str]) -> str
     if best.layout.options:
         lines.append(f"# Launch with LIBTPU_INIT_ARGS='{best.layout.options}'")
     lines += [f'include "{file}"' for file in files] + [""]
-    lines += [_as_gin(binding) for binding in bindings]
+    lines += bindings
     own = result.own.layout if result.own else None
     # The run's own batches, perhaps a ramp, stay where the search did not change them.
     lines += [line for line in best.layout.bindings(own) if own or not line.startswith("BATCH_SIZE")]
     return "\n".join(lines) + "\n"
 
 
-def _as_gin(binding: str) -> str:
-    """A command line's binding as a line of gin: a bare word or path gets its quotes."""
-    name, _, value = binding.partition("=")
-    bare = re.fullmatch(r"[A-Za-z_~./][\w~./:*?+,-]*", value) and value not in ("True", "False", "None")
-    return f'{name} = "{value}"' if bare else f"{name} = {value}"
-
-
-class Console:
-    """Progress of a search: a bar on a terminal, plain lines elsewhere. A context manager, and a `Progress`."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __enter__(self) -> Console:
-        if sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console as Terminal
-
-            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
-            self._bar = progress.Progress(*columns, progress.TimeRemainingColumn(), console=Terminal(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task("compiling layouts", total=None)
-        else:
-            print("compiling layouts ...", file=sys.stderr, flush=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, done: int, total: int, seconds: float, newest: Tried) -> None:
-        plan = newest.plan
-        how = (
-            f"{plan.mfu:.1%} MFU" if plan and plan.mfu is not None else "does not fit" if plan else newest.problem[:60]
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, description=f"{newest.layout}: {how}")
-            return
-        left = clock(seconds / done * (total - done))
-        print(
-            f"{done}/{total} layouts, {clock(seconds)}, {left} left: {newest.layout}: {how}",
-            file=sys.stderr,
-            flush=True,
-        )
+def progress_line(newest: Tried) -> str:
+    """A layout that was just tried, and what came of it, in a few words."""
+    plan = newest.plan
+    how = f"{plan.mfu:.1%} MFU" if plan and plan.mfu is not None else "does not fit" if plan else newest.problem[:60]
+    return f"{newest.layout}: {how}"

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from palmjax.config import ConfigError
+from palmjax.files import write_whole
 from palmjax.plan import compiler, memory, topology
 
 OUT_OF_MEMORY = ("CompileTimeHbmOom", "memory space hbm", "Ran out of memory on HBM")
@@ -28,12 +29,11 @@ def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str
     from palmjax import mesh
     from palmjax.step import program
 
-    began = time.perf_counter()
+    jax.config.update("jax_enable_compilation_cache", False)  # a program from jax's cache comes without its dumps
     devices = topology.devices(request.topology)
     built = mesh.build(request.experiment.mesh, devices)
     prog = program(request.experiment, built)
     lowered = prog.lower(request.rows, request.length)
-    lowering = time.perf_counter() - began
     version = _compiler(request.topology)
     options = os.environ.get("LIBTPU_INIT_ARGS", "")
     # Without the places in the source: an edit that moves a line leaves the step as it was.
@@ -45,9 +45,7 @@ def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str
     oom, text, code = "", "", 0
     try:
         compiled = lowered.compile()
-        with contextlib.suppress(
-            jax.errors.JaxRuntimeError
-        ):  # libtpu 0.0.51 can't hand out some v5p programs: see below
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # libtpu 0.0.51 can't hand out some v5p programs
             text = compiled.as_text() or ""
         analysis = compiled.memory_analysis()
         code = analysis.generated_code_size_in_bytes if analysis else 0
@@ -58,12 +56,12 @@ def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str
         oom = message.strip().splitlines()[0][:400]
     seconds = time.perf_counter() - began
     files = {path.name: path for path in pathlib.Path(dump).rglob("*jit_step*.txt")}
-    if not oom and not text:
-        text = _newest(files, "after_codegen.txt", "after_optimizations_after_buffer_assignment.txt")
     if oom:
         text = _newest(files, "oom_intermediate_module.txt", "after_optimizations_before_buffer_assignment.txt")
-        if not text:
-            return {"compiler_error": oom}
+    elif not text:
+        text = _newest(files, "after_codegen.txt", "after_optimizations_after_buffer_assignment.txt")
+    if not text:
+        return {"compiler_error": oom or "the compiler handed out no program"}
     usage = memory.read(_newest(files, "buffer-assignment.txt"), _newest(files, "live-range.txt"), text, code)
     facts = {
         "compiler": version,
@@ -72,7 +70,6 @@ def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str
         "topology": str(request.topology),
         "mesh": dict(zip(built.axis_names, built.devices.shape, strict=True)),
         "coords": coords,
-        "lowering_seconds": lowering,
         "compile_seconds": seconds,
     }
     compiler.write(root, name, facts, usage, text, oom)
@@ -114,9 +111,7 @@ def main() -> int:
             result = answer(request, pathlib.Path(root), dump)
         except ConfigError as error:
             result = {"config_error": str(error)}
-    scratch = pathlib.Path(to + ".part")
-    scratch.write_text(json.dumps(result))
-    scratch.rename(to)
+    write_whole(to, json.dumps(result))
     return 0
 
 
