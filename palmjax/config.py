@@ -77,6 +77,10 @@ class LossPart(Part):
     """
 
 
+class LossScalePart(Part):
+    """How gradients are kept inside float16's range (`palmjax.loss_scale`). `build()` returns a `LossScale`."""
+
+
 class PackingPart(Part):
     """How a token stream becomes rows of fixed length (`palmjax.data.batch`).
 
@@ -217,6 +221,80 @@ class CheckpointConfig:
 
 
 @section
+class NonFiniteRule:
+    """A step whose loss or gradient is not finite changes nothing but the step counter: parameters and moments stay.
+
+    GLaM trained so (Du et al. 2022, section 4). max_in_a_row: steps that may be passed over one after the other; the
+    next one stops the run, since a state that gives no finite loss any more will not give one later.
+    """
+
+    max_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.max_in_a_row >= 0, self, "max_in_a_row", "0 (stop at the first) or more")
+
+
+@section
+class SpikeRule:
+    """A loss spike takes the run back to a checkpoint and past the rows that came with it (PaLM section 5.1: about 100
+    steps back, 200-500 batches skipped).
+
+    A step is high if (loss - median) / (1.4826 MAD) of the last `window` losses that were not is above `threshold`;
+    `steps` high ones in a row are a spike. 1.4826 MAD is the standard deviation of normal losses, and is taken to be
+    at least a thousandth of the median.
+
+    rewind_steps: the run goes back to the last multiple of the save period that is so far before the first high step.
+    skip_steps: batches that it passes over from there. max_rewinds: the next spike stops the run.
+    """
+
+    window: int = 128
+    threshold: float = 6.0
+    steps: int = 3
+    rewind_steps: int = 100
+    skip_steps: int = 300
+    max_rewinds: int = 20
+
+    def __post_init__(self) -> None:
+        require(self.window >= 8, self, "window", "8 or more: fewer losses have no steady median")
+        require(self.threshold > 0, self, "threshold", "above 0")
+        require(self.steps >= 1, self, "steps", "1 or more")
+        require(self.rewind_steps >= 1, self, "rewind_steps", "1 or more")
+        require(self.skip_steps >= 1, self, "skip_steps", "1 or more")
+        require(self.max_rewinds >= 0, self, "max_rewinds", "0 (stop at the first spike) or more")
+
+
+@section
+class GuardConfig:
+    """What a run does when a step looks wrong (`palmjax.guard`). nonfinite: None lets whatever comes into the
+    parameters. spike: None watches for none; @SpikeRule() is PaLM's rule.
+    """
+
+    nonfinite: NonFiniteRule | None = NonFiniteRule()
+    spike: SpikeRule | None = None
+
+    def check(self, save: SaveCheckpointConfig) -> None:
+        """Raises ConfigError unless what `save` keeps serves a rewind, and a rewind passes its spike."""
+        rule = self.spike
+        if rule is None:
+            return
+        # The last loss is known one step late, and the checkpoint is up to a period further back.
+        back = rule.rewind_steps + rule.steps + 1
+        keep = 1 + -(-back // save.period)
+        if save.keep is not None and save.keep < keep:
+            raise ConfigError(
+                f"SaveCheckpointConfig.keep = {save.keep}: SpikeRule.rewind_steps = {rule.rewind_steps} at "
+                f"SaveCheckpointConfig.period = {save.period} needs the newest {keep} checkpoints, or None for all"
+            )
+        require(
+            rule.skip_steps >= back + save.period,
+            rule,
+            "skip_steps",
+            f"{back + save.period} or more, or the spike's own rows would come again: a rewind goes up to "
+            f"rewind_steps + steps + SaveCheckpointConfig.period = {save.period} back",
+        )
+
+
+@section
 class TrainConfig:
     """The loop. Steps are absolute, as T5X's TRAIN_STEPS: they include those of the initial checkpoint.
 
@@ -264,5 +342,10 @@ class Experiment:
     train_eval_dataset: DatasetConfig | None
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    loss_scale: LossScalePart | None = None
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingRules = ShardingRules()
+
+    def __post_init__(self) -> None:
+        self.guard.check(self.checkpoint.save)

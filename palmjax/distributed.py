@@ -137,6 +137,15 @@ def agree(what: str, digest: str) -> None:
         )
 
 
+def from_first(flag: bool) -> bool:
+    """What process 0 says, on every process; all call it together."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+
+
 # --- the end -------------------------------------------------------------------------------------------------------
 
 _resume_from = ""

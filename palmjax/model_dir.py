@@ -48,12 +48,11 @@ def _missing(path: Any) -> str | None:
     return next((part for part in PARTS if not (path / part).exists()), None)
 
 
-def _steps(model_dir: Any) -> list[int]:
+def steps(model_dir: str | os.PathLike[str]) -> list[int]:
     """Steps of the whole checkpoints in the folder, rising."""
-    if not model_dir.is_dir():
-        return []
-    found = [m for p in model_dir.iterdir() if (m := re.fullmatch(rf"{PREFIX}(\d+)", p.name))]
-    return sorted(int(m[1]) for m in found if _missing(model_dir / m[0]) is None)
+    folder = as_path(model_dir)
+    found = [m for p in _children(folder) if (m := re.fullmatch(rf"{PREFIX}(\d+)", p.name))]
+    return sorted(int(m[1]) for m in found if _missing(folder / m[0]) is None)
 
 
 def set_broken_aside(model_dir: Any) -> None:
@@ -71,16 +70,16 @@ def set_broken_aside(model_dir: Any) -> None:
 
 def newest(model_dir: str | os.PathLike[str]) -> int | None:
     """The last step of which MODEL_DIR has a whole checkpoint, or None."""
-    return max(_steps(as_path(model_dir)), default=None)
+    return max(steps(model_dir), default=None)
 
 
 def inventory(model_dir: Any) -> str:
     """What a user can take instead, in words."""
-    steps = _steps(model_dir)
-    if not steps:
+    found = steps(model_dir)
+    if not found:
         return f"{model_dir} holds no whole checkpoint"
-    shown = ", ".join(f"{PREFIX}{s}" for s in steps[-5:])
-    return f"{model_dir} holds {'..., ' if len(steps) > 5 else ''}{shown}"
+    shown = ", ".join(f"{PREFIX}{s}" for s in found[-5:])
+    return f"{model_dir} holds {'..., ' if len(found) > 5 else ''}{shown}"
 
 
 def resolve(path: str | os.PathLike[str]) -> str:

@@ -96,13 +96,45 @@ class Constant(SchedulePart):
         return lambda step: jnp.full((), self.value, _count(step).dtype)
 
 
+@section
+class OverriddenSchedule(SchedulePart):
+    """`schedule`, set by hand from some steps on.
+
+    values: (from_step, learning rate) with rising steps; each holds until the next, None being the schedule's own.
+    Steps are those of `learning_rate`: the updates done before.
+    """
+
+    schedule: SchedulePart
+    values: tuple[tuple[int, float | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = [step for step, _ in self.values]
+        _require(steps == sorted(set(steps)) and min(steps, default=0) >= 0, self, "values", "of rising steps")
+        _require(all(rate is None or rate > 0 for _, rate in self.values), self, "values", "of rates above 0, or None")
+
+    def build(self) -> Schedule:
+        planned = self.schedule.build()
+
+        def schedule(step: Any) -> jax.Array:
+            own = rate = planned(step)
+            for from_step, value in self.values:
+                rate = jnp.where(step >= from_step, own if value is None else value, rate)
+            return rate
+
+        return schedule
+
+
 # ----------------------------------------------------------------------------------------------- gradients
+
+
+def squared_norms(tree: Any) -> list[jax.Array]:
+    """The sum of squares of each leaf in tree order, [] each, in at least float32."""
+    return [jnp.sum(jnp.square(_wide(leaf))) for leaf in jax.tree.leaves(tree)]
 
 
 def global_norm(tree: Any) -> jax.Array:
     """sqrt of the sum of squares over every element of every leaf, [], in at least float32."""
-    squares = [jnp.sum(jnp.square(_wide(leaf))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros(())))
+    return jnp.sqrt(sum(squared_norms(tree), jnp.zeros(())))
 
 
 def clip_by_global_norm(gradients: Any, max_norm: float | None) -> Any:

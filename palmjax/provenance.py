@@ -38,6 +38,7 @@ class RunInfo:
     """A checkpoint's `info`.
 
     config: the operative gin text. flat_config: the same as `path -> value` lines. mesh: axis -> devices.
+    guard: what the run's guard goes on from, a JSON object (`palmjax.guard`).
     code, libraries: versions, as `code_version` and `library_versions` give them.
     step and arrays (name -> dtype and shape) are those of the saved state; `Checkpointer.save` fills them in.
     """
@@ -50,6 +51,7 @@ class RunInfo:
     mesh: Mapping[str, int]
     code: Mapping[str, str]
     libraries: Mapping[str, str]
+    guard: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     step: int = 0
     arrays: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

@@ -1,7 +1,18 @@
 """Training: the composition root and the loop. `palmjax train FILE.gin [--gin.KEY=VALUE ...]`; run again to resume.
 
 A run is a pure function of its configuration. The loop only launches steps: batches are read ahead, metrics are written
-one step late, and checkpoints are written in the background.
+one step late, and checkpoints are written in the background. What the guard decides from the metrics (a rewind), and
+what a person changes (overrides.json), is written down first; then the run goes on from its newest checkpoint in force
+as it would after a kill, by the same lines of code.
+
+Events in metrics.jsonl, beside those of `palmjax.guard.watch`; `step` counts as the train lines do:
+    start       step, origin, mesh, code, config (digest of config.gin), rewinds, skips, overrides, changes
+    first step  step, seconds (of the phases before it)
+    rewind      number, step (decided at), to, skips, rows ([first, end) passed over), why
+    overrides   step, overrides, why: overrides.json has changed; a start follows
+    preempted   step
+    stopped     step, why
+    done        step
 """
 
 from __future__ import annotations
@@ -9,12 +20,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
+import enum
+import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from palmjax.metrics.startup import StartupClock
 
@@ -22,227 +34,330 @@ _clock = StartupClock()
 
 import jax  # noqa: E402 - the clock starts before the slow imports
 
-from palmjax import chips, distributed, guard, mesh, model_dir, provenance  # noqa: E402
-from palmjax.config import ConfigError, Experiment, section  # noqa: E402
-from palmjax.data import feed, index  # noqa: E402
+from palmjax import checkpoint, distributed, guard, model_dir, provenance  # noqa: E402
+from palmjax.config import ConfigError, Experiment  # noqa: E402
+from palmjax.data import feed  # noqa: E402
 from palmjax.data.order import Skips  # noqa: E402
-from palmjax.data.vocabulary import Vocabulary  # noqa: E402
 from palmjax.evaluation.heldout import HeldOut  # noqa: E402
-from palmjax.metrics import Recorder, Throughput, read_metrics  # noqa: E402
-from palmjax.models.account import account, parameter_table  # noqa: E402
-from palmjax.models.api import LanguageModel  # noqa: E402
+from palmjax.metrics import Recorder, read_metrics  # noqa: E402
+from palmjax.models.account import parameter_table  # noqa: E402
+from palmjax.run import NO_TEXT, Description, Profile, Run  # noqa: E402
 from palmjax.state import TrainState  # noqa: E402
-from palmjax.step import Program, Step, program  # noqa: E402
+from palmjax.step import tensor_names  # noqa: E402
 from palmjax.trained import enable_compilation_cache  # noqa: E402
 
-if TYPE_CHECKING:
-    from palmjax.checkpoint import Start
+
+class Ended(enum.Enum):
+    """How the loop has ended; the value is the process's exit code. AGAIN: it goes on from its newest checkpoint."""
+
+    DONE = 0
+    STOPPED = guard.EXIT_STOPPED
+    PREEMPTED = guard.EXIT_PREEMPTED
+    AGAIN = -1
 
 
-@section
-class Description:
-    """The configuration as text. operative: gin that gives an equal experiment; flat: one line for each value."""
-
-    operative: str = ""
-    flat: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-_NO_TEXT = Description()
-
-
-class Steps:
-    """The compiled step for each batch size. Sizes that come later are compiled when they come; the first at once,
-    aside.
-    """
-
-    def __init__(self, prog: Program, length: int, first: int, pool: ThreadPoolExecutor):
-        self._program, self._length = prog, length
-        self._compiled: dict[int, Future[Step]] = {}
-        self._pool = pool
-        self._ask(first)
-
-    def _ask(self, rows: int) -> Future[Step]:
-        if rows not in self._compiled:
-            self._compiled[rows] = self._pool.submit(lambda: self._program.lower(rows, self._length).compile())
-        return self._compiled[rows]
-
-    def __getitem__(self, rows: int) -> Step:
-        return self._ask(rows).result()
-
-
-def train(experiment: Experiment, description: Description = _NO_TEXT, clock: StartupClock = _clock) -> int:
+def train(experiment: Experiment, description: Description = NO_TEXT, clock: StartupClock = _clock) -> int:
     """Runs `experiment` to its last step, or from its newest checkpoint on. Returns the process's exit code.
 
-    0: done. `guard.EXIT_PREEMPTED`: asked to stop; saved, run the same command again. Raises ConfigError for what the
-    user can mend.
+    0: done. `guard.EXIT_PREEMPTED`: asked to stop; saved, run the same command again. `guard.EXIT_STOPPED`: the guard
+    has stopped it, and has said why. Raises ConfigError for what the user can mend.
     """
-    settings, folder = experiment.train, experiment.model_dir
     with contextlib.ExitStack() as stack:
-        stack.enter_context(model_dir.lock(folder))
-        modules = index.sources_of(experiment.train_dataset.modules)
-        agreed = "\n".join([*description.flat.values(), str(provenance.code_version()), str(modules)])
-        distributed.agree("gin files or code", hashlib.sha256(agreed.encode()).hexdigest())
-
-        # ---- Data and the program; the step is compiled aside while the state is made ready ----
-        placed = mesh.build(experiment.mesh)
-        prog = program(experiment, placed)
-        dataset = feed.open_dataset(experiment.train_dataset)
-        distributed.agree("token stores", dataset.fingerprint)
-        length, sizes = dataset.sequence_length, dataset.batch_sizes()
-        for rows in sizes:
-            _check_batch(prog, rows, length, settings.microbatches)
-        _check_vocabulary(prog.model, dataset)
-        prog.model.check_rows(length, experiment.train_dataset.packing)
-        heldout = HeldOut.open(experiment, prog.model, placed)
-        if heldout is not None and heldout.vocabulary.fingerprint != dataset.vocabulary.fingerprint:
-            raise ConfigError(f"the held-out task {heldout.task!r} has another vocabulary than the training task")
+        stack.enter_context(model_dir.lock(experiment.model_dir))
+        run = Run(experiment, description)
+        heldout = run.open_heldout()
         clock.mark("data")
-        if _is_done(folder, settings.steps):
-            print(f"{folder} has all of TRAIN_STEPS = {settings.steps}; raise it to go on", file=sys.stderr)
+        if _is_done(run.folder, run.settings.steps):
+            print(f"{run.folder} has all of TRAIN_STEPS = {run.settings.steps}; raise it to go on", file=sys.stderr)
             return 0
-        pool = stack.enter_context(ThreadPoolExecutor(1, "palmjax-compile"))
-        steps = Steps(prog, length, dataset.batch_size(model_dir.newest(folder) or 0), pool)
-        if heldout is not None:
-            pool.submit(heldout.compile, prog.abstract_state.params)
+        job = Job(
+            run=run,
+            heldout=heldout,
+            pool=stack.enter_context(ThreadPoolExecutor(1, "palmjax-compile")),
+            preemption=stack.enter_context(guard.Preemption()),
+            profile=stack.enter_context(Profile(run.settings.profile_steps, run.folder)),
+            clock=clock,
+            rewinds=guard.read_rewinds(run.folder),
+        )
+        ended = Ended.AGAIN
+        while ended is Ended.AGAIN:
+            ended = attempt(job)
+        return ended.value
+
+
+@dataclasses.dataclass(kw_only=True)
+class Job:
+    """What this process keeps from one attempt to the next. rewinds: all that were decided. launched: steps, ever."""
+
+    run: Run
+    heldout: HeldOut | None
+    pool: ThreadPoolExecutor
+    preemption: guard.Preemption
+    profile: Profile
+    clock: StartupClock
+    rewinds: tuple[guard.Rewind, ...]
+    launched: int = 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Attempt:
+    """A run on its way from one step on, until it ends, rewinds or follows other overrides."""
+
+    run: Run
+    heldout: HeldOut | None
+    state: TrainState
+    first: int
+    skips: Skips
+    rewinds: int
+    overrides: guard.Overrides
+    watch: guard.Watch
+    saver: checkpoint.Checkpointer
+    recorder: Recorder
+    batches: feed.Feed
+
+    def info(self, step: int) -> provenance.RunInfo:
+        """What a checkpoint of `step` says of the run; the metrics of all steps before it are known."""
+        run = self.run
+        return provenance.RunInfo(
+            seed=run.settings.seed,
+            data=provenance.DataPosition(
+                first_row=run.dataset.first_row(step, self.skips), skips=self.skips, fingerprint=run.dataset.fingerprint
+            ),
+            config=run.description.operative,
+            flat_config=run.description.flat,
+            vocabulary=run.dataset.vocabulary,
+            mesh=dict(run.mesh.shape),
+            code=provenance.code_version(),
+            libraries=provenance.library_versions(),
+            guard={"rewinds": self.rewinds, "overrides": self.overrides.to_json(), **self.watch.memory()},
+        )
+
+    def evaluate(self, step: int, max_batches: int | None) -> None:
+        """Scores the held-out split, if there is one, and records it."""
+        if self.heldout is None:
+            return
+        # Scores of a part and of the whole are not points of one curve.
+        part = self.run.settings.eval_steps is not None and max_batches is None
+        name = f"{self.heldout.task}_all" if part else self.heldout.task
+        with self.recorder.paused():
+            began = time.perf_counter()
+            result = self.heldout.run(self.state.params, max_batches)
+            self.recorder.evaluation(step, name, result.metrics(), seconds=time.perf_counter() - began)
+
+    def save(self, step: int) -> float:
+        """Begins to save; returns the seconds that the loop stood still."""
+        began = time.perf_counter()
+        self.saver.save(step, self.state, self.info(step))
+        return time.perf_counter() - began
+
+    def overrides_changed(self, step: int) -> bool:
+        """Whether overrides.json says something new, as process 0 sees it. A mistake in it is told and changes nothing:
+        a typing error must not end a run that is well.
+        """
+        changed = False
+        if jax.process_index() == 0:
+            try:
+                new = guard.Overrides.read(self.run.folder)
+                new.check(step, self.overrides.to_json())
+                changed = new != self.overrides
+            except ConfigError as error:
+                self.recorder.message(f"not followed: {error}")
+        changed = distributed.from_first(changed)
+        if changed:
+            self.recorder.event("overrides", step=step, why=f"{guard.OVERRIDES} has changed")
+        return changed
+
+
+def attempt(job: Job) -> Ended:
+    """From the newest checkpoint in force to an end. All processes call it together."""
+    run, settings = job.run, job.run.settings
+    is_primary, clock = jax.process_index() == 0, job.clock
+    with contextlib.ExitStack() as stack:
+        # ---- What has been decided ----
+        overrides = guard.Overrides.read(run.folder)
+        if is_primary:
+            guard.remove_void(run.folder, model_dir.steps(run.folder), _rewinds_at(run.folder), job.rewinds)
+        # Also: nobody looks for the newest checkpoint before the void ones are gone.
+        distributed.agree("guard.json or overrides.json", f"{job.rewinds} {overrides}")
+        run.follow(overrides, model_dir.newest(run.folder) or 0, job.pool)
+        if job.heldout is not None and not job.launched:
+            job.pool.submit(job.heldout.compile, run.program.abstract_state.params)
 
         # ---- State: own checkpoint, initial checkpoint, scratch ----
-        from palmjax import checkpoint  # Orbax: half a second that the compiler's thread runs through
-
-        saver = stack.enter_context(checkpoint.Checkpointer(folder, experiment.checkpoint.save))
-        initial = experiment.checkpoint.restore.path
-        start = checkpoint.start(folder, initial, prog.abstract_state, prog.initial_state, dataset.vocabulary)
-        state, first = start.state, int(start.state.step)
-        skips = _skips(start, dataset, first)
+        saver = stack.enter_context(checkpoint.Checkpointer(run.folder, run.experiment.checkpoint.save))
+        prog, initial = run.program, run.experiment.checkpoint.restore.path
+        start = checkpoint.start(run.folder, initial, prog.abstract_state, prog.initial_state, run.dataset.vocabulary)
+        first, info = int(start.state.step), start.info if start.resumed else None
+        memory = info.guard if info is not None else {}
+        overrides.check(first, memory.get("overrides", {}))
+        skips = run.skips(start, first, job.rewinds, overrides)
         clock.mark("state")
 
         # ---- What a run leaves behind ----
-        axes = dict(placed.shape)
-        cost = account(prog.model.config, length)
-        if jax.process_index() == 0:
-            _write(folder, "config.gin", description.operative)
-            _write(folder, "model-info.txt", parameter_table(prog.model.config, axes, experiment.sharding))
+        watch = guard.Watch(
+            run.experiment.guard,
+            position=guard.Position(order=run.dataset, skips=skips),
+            save_period=run.experiment.checkpoint.save.period,
+            tensors=tensor_names(prog.abstract_state.params),
+            rewinds=job.rewinds,
+            memory=memory,
+            loss_scale=None if run.experiment.loss_scale is None else run.experiment.loss_scale.build(),
+        )
         recorder = stack.enter_context(
             Recorder(
-                folder,
-                _throughput(cost, placed),
+                run.folder,
+                run.throughput(),
                 total_steps=settings.steps,
                 start_step=first,
                 log_period=settings.log_period,
                 tensorboard=settings.tensorboard,
-                is_primary=jax.process_index() == 0,
+                rewinds=len(job.rewinds),
+                observer=watch.observe,
+                is_primary=is_primary,
             )
         )
-        size = f"{cost.parameters:,} parameters"
-        if cost.active_parameters != cost.parameters:
-            size += f", {cost.active_parameters:,} of them a token,"
-        for line in (f"{size} on {_mesh_text(placed)}", dataset.describe()):
-            recorder.message(line)
-        recorder.message(f"from {start.origin}, step {first}")
-        recorder.event("start", step=first, origin=start.origin, mesh=axes, code=provenance.code_version())
-        for change in _changes(start.info, description) if start.resumed else ():
-            recorder.message(f"changed since the checkpoint: {change}")
-
-        def info(step: int) -> provenance.RunInfo:
-            position = provenance.DataPosition(
-                first_row=dataset.first_row(step, skips), skips=skips, fingerprint=dataset.fingerprint
-            )
-            return provenance.RunInfo(
-                seed=settings.seed,
-                data=position,
-                config=description.operative,
-                flat_config=description.flat,
-                vocabulary=dataset.vocabulary,
-                mesh=axes,
-                code=provenance.code_version(),
-                libraries=provenance.library_versions(),
-            )
-
-        def evaluate(step: int, state: TrainState, max_batches: int | None) -> None:
-            if heldout is None:
-                return
-            # Scores of a part and of the whole are not points of one curve.
-            part = settings.eval_steps is not None and max_batches is None
-            name = f"{heldout.task}_all" if part else heldout.task
-            with recorder.paused():
-                began = time.perf_counter()
-                result = heldout.run(state.params, max_batches)
-                recorder.evaluation(step, name, result.metrics(), seconds=time.perf_counter() - began)
+        if is_primary:
+            run.write("config.gin", run.description.operative)
+            run.write("model-info.txt", parameter_table(prog.model.config, dict(run.mesh.shape), prog.rules))
+        _announce(job, recorder, start, first, skips, overrides)
 
         # ---- The loop ----
-        preemption = stack.enter_context(guard.Preemption())
-        profile = stack.enter_context(Profile(settings.profile_steps, folder))
-        batches = stack.enter_context(
-            feed.Feed(dataset, prog.batch_sharding(sizes[0], length), first, max(first, settings.steps), skips)
+        batches = feed.Feed(run.dataset, run.batch_sharding(), first, max(first, settings.steps), skips)
+        going = Attempt(
+            run=run,
+            heldout=job.heldout,
+            state=start.state,
+            first=first,
+            skips=skips,
+            rewinds=len(job.rewinds),
+            overrides=overrides,
+            watch=watch,
+            saver=saver,
+            recorder=recorder,
+            batches=stack.enter_context(batches),
         )
+        del start  # its state is the loop's to donate
         if first < settings.steps:
-            steps[dataset.batch_size(first)]
+            run.steps[run.dataset.batch_size(first)]
         clock.mark("compile")
-        blocked = waited = 0.0
-        for step in range(first, settings.steps):
-            profile.before(step)
-            batch = next(batches)
-            state, metrics = steps[dataset.batch_size(step)](state, batch)
-            profile.after(step, metrics)
-            tokens = dataset.batch_size(step) * length
-            recorder.record(
-                step + 1, metrics, tokens=tokens, data_wait=batches.seconds_waited - waited, checkpoint_block=blocked
-            )
-            waited, blocked, done = batches.seconds_waited, 0.0, step + 1
-            if step == first:
-                jax.block_until_ready(metrics)
-                clock.mark("step")
-                recorder.message(clock.describe())
-                recorder.event("first step", step=done, seconds=clock.seconds)
-            stop = preemption.reached(done)
-            # Before the save: a run that is killed in between evaluates again instead of never.
-            if settings.eval_period and done % settings.eval_period == 0 and done < settings.steps:
-                evaluate(done, state, settings.eval_steps)
-            if saver.should_save(done) or done == settings.steps or stop:
-                recorder.flush()  # the line of this step is on disk before its checkpoint can be
-                began = time.perf_counter()
-                saver.save(done, state, info(done))
-                blocked = time.perf_counter() - began
-            saver.check()
-            if stop:
-                saver.wait()
-                recorder.event("preempted", step=done)
-                recorder.message(f"asked to stop: checkpoint_{done} is saved; run the same command again to go on")
-                return guard.EXIT_PREEMPTED
-
-        # ---- The end: the whole held-out split, and a sample ----
-        recorder.flush()
-        saver.wait()
-        evaluate(settings.steps, state, None)
-        if settings.sample_prompt is not None:
-            recorder.message(_sample(experiment, prog, state, dataset.vocabulary))
-        recorder.event("done", step=settings.steps)
-    return 0
+        ended = loop(job, going)
+        return finish(job, going) if ended is Ended.DONE else ended
 
 
-class Profile:
-    """A trace of steps (first, last) in MODEL_DIR/profile. A context manager: it is written however the run ends."""
-
-    def __init__(self, steps: tuple[int, int] | None, folder: str):
-        self._steps, self._folder, self._running = steps, folder, False
-
-    def before(self, step: int) -> None:
-        if self._steps is not None and not self._running and self._steps[0] <= step <= self._steps[1]:
-            jax.profiler.start_trace(f"{self._folder}/profile")
-            self._running = True
-
-    def after(self, step: int, metrics: Any) -> None:
-        """metrics: of the step just launched, waited for before the trace ends."""
-        if self._running and self._steps is not None and step >= self._steps[1]:
+def loop(job: Job, going: Attempt) -> Ended:
+    """Launches the steps up to the last one, which DONE means is computed and saved."""
+    run, recorder, saver, settings = job.run, going.recorder, going.saver, job.run.settings
+    blocked = waited = 0.0
+    for step in range(going.first, settings.steps):
+        job.profile.before(step)
+        batch = next(going.batches)
+        going.state, metrics = run.steps[run.dataset.batch_size(step)](going.state, batch)
+        job.profile.after(step, metrics)
+        tokens, data_wait = run.dataset.batch_size(step) * run.length, going.batches.seconds_waited - waited
+        recorder.record(step + 1, metrics, tokens=tokens, data_wait=data_wait, checkpoint_block=blocked)
+        waited, blocked, done = going.batches.seconds_waited, 0.0, step + 1
+        if not job.launched:
             jax.block_until_ready(metrics)
-            self.__exit__()
+            job.clock.mark("step")
+            recorder.message(job.clock.describe())
+            recorder.event("first step", step=done, seconds=job.clock.seconds)
+        job.launched += 1
+        asked = job.preemption.reached(job.launched)  # of numbers that rise, as steps do not where a run rewinds
+        # Before the save: a run that is killed in between evaluates again instead of never.
+        if settings.eval_period and done % settings.eval_period == 0 and done < settings.steps:
+            going.evaluate(done, settings.eval_steps)
+        saving = saver.should_save(done) or done == settings.steps or asked
+        if saving:
+            recorder.flush()  # the line of this step is on disk before its checkpoint can be, and the guard has seen it
+        if going.watch.verdict is not None:
+            return decided(job, going)
+        if saving:
+            blocked = going.save(done)
+        saver.check()
+        if asked:
+            saver.wait()
+            recorder.event("preempted", step=done)
+            recorder.message(f"asked to stop: checkpoint_{done} is saved; run the same command again to go on")
+            return Ended.PREEMPTED
+        if saving and done < settings.steps and going.overrides_changed(done):
+            saver.wait()
+            return Ended.AGAIN
+    return Ended.DONE
 
-    def __enter__(self) -> Profile:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
+def decided(job: Job, going: Attempt) -> Ended:
+    """Writes down what the guard has decided; the step under way is given up."""
+    verdict, recorder = going.watch.verdict, going.recorder
+    recorder.flush()
+    if isinstance(verdict, guard.Stop):
+        recorder.event("stopped", step=verdict.step, why=verdict.why)
+        recorder.message(
+            f"error: {verdict.why}\n"
+            f"palmjax replay --run {job.run.folder} --step {verdict.step} --print_batch shows what was read; "
+            f"{guard.OVERRIDES} in MODEL_DIR can skip it or lower the learning rate"
+        )
+        return Ended.STOPPED
+    assert isinstance(verdict, guard.Rewind)
+    number, order = len(job.rewinds) + 1, job.run.dataset
+    rows = order.first_row(verdict.to, going.skips), order.first_row(verdict.to, verdict.skips)
+    why = f"back from step {verdict.step} to step {verdict.to}, past rows {rows[0]}..{rows[1]}"
+    recorder.event("rewind", number=number, **dataclasses.asdict(verdict), rows=rows, why=why)
+    recorder.message(f"rewind {number}: {why}")
+    recorder.flush()
+    job.rewinds = (*job.rewinds, verdict)
+    if jax.process_index() == 0:
+        guard.write_rewinds(job.run.folder, job.rewinds)
+    return Ended.AGAIN
+
+
+def finish(job: Job, going: Attempt) -> Ended:
+    """The end: the whole held-out split, and a sample."""
+    run, recorder, settings = job.run, going.recorder, job.run.settings
+    going.saver.wait()
+    going.evaluate(settings.steps, None)
+    if settings.sample_prompt is not None:
+        recorder.message(run.sample(going.state.params))
+    recorder.event("done", step=settings.steps)
+    return Ended.DONE
+
+
+def _announce(
+    job: Job, recorder: Recorder, start: checkpoint.Start, first: int, skips: Skips, overrides: guard.Overrides
+) -> None:
+    """Says, on the console and in an event, where the run begins and what is in force."""
+    run = job.run
+    changes = _changes(start.info, run.description) if start.resumed else []
+    lines = [*run.describe(), *(f"changed since the checkpoint: {change}" for change in changes)]
+    for line in lines if not job.launched else ():  # said once
+        recorder.message(line)
+    recorder.message(f"from {start.origin}, step {first}")
+    if overrides.to_json():
+        recorder.message(f"overridden by hand: {json.dumps(overrides.to_json())}")
+    recorder.event(
+        "start",
+        step=first,
+        origin=start.origin,
+        mesh=dict(run.mesh.shape),
+        code=provenance.code_version(),
+        config=run.description.digest,
+        rewinds=len(job.rewinds),
+        skips=skips,
+        overrides=overrides.to_json(),
+        changes=changes,
+    )
+
+
+def _rewinds_at(folder: str) -> Any:
+    """Of a checkpoint's step, how many rewinds were decided when it was saved."""
+
+    def known(step: int) -> int:
+        try:
+            info = checkpoint.read_info(model_dir.as_path(folder) / f"{model_dir.PREFIX}{step}")
+        except ConfigError:  # it can't be read, so no run can begin with it
+            return sys.maxsize
+        return info.guard.get("rewinds", 0)
+
+    return known
 
 
 def _is_done(folder: str, steps: int) -> bool:
@@ -255,88 +370,11 @@ def _is_done(folder: str, steps: int) -> bool:
         return False
 
 
-def _skips(start: Start, dataset: feed.Dataset, first: int) -> Skips:
-    """The rows to pass over from here on, so that the data goes on where the checkpoint's run stood.
-
-    Another batch size counts rows in other steps, which an entry of its own makes up for. Raises ConfigError if it was
-    other data: going on would repeat some of it and leave some out.
-    """
-    if start.info is None or not start.resumed:
-        return ()
-    data = start.info.data
-    if data.fingerprint != dataset.fingerprint:
-        raise ConfigError(
-            f"{start.origin} stands at row {data.first_row:,} of other data: files, vocabulary, mixture, "
-            "length, packing, seed or shuffling differ\n"
-            "to train on from its parameters, give INITIAL_CHECKPOINT_PATH and a new MODEL_DIR"
-        )
-    shift = data.first_row - dataset.first_row(first, data.skips)
-    return (*data.skips, (first, shift)) if shift else data.skips
-
-
-def _check_batch(prog: Program, rows: int, length: int, microbatches: int) -> None:
-    if rows % microbatches:
-        raise ConfigError(f"BATCH_SIZE = {rows} is not a multiple of TrainConfig.microbatches = {microbatches}")
-    prog.batch_sharding(rows // microbatches, length)
-
-
-def _check_vocabulary(model: LanguageModel, dataset: feed.Dataset) -> None:
-    ids, size = model.config.vocab_size, dataset.vocabulary.size
-    if size > ids:
-        task = dataset.config.mixture_or_task_name
-        raise ConfigError(f"task {task!r} has {size:,} ids and the model only {ids:,}; set VOCAB_SIZE={size}")
-
-
-def _throughput(cost: Any, placed: jax.sharding.Mesh) -> Throughput:
-    chip = chips.find(placed.devices.flat[0].device_kind)
-    peak = None if chip is None else chip.flops_per_device * placed.size
-    return Throughput(
-        model_flops=cost.flops_per_token,
-        hardware_flops=cost.hardware_flops_per_token,
-        peak_flops=peak,
-        devices=placed.size,
-    )
-
-
-def _mesh_text(placed: jax.sharding.Mesh) -> str:
-    shape = ", ".join(f"{axis} {size}" for axis, size in placed.shape.items())
-    return f"{placed.size} x {placed.devices.flat[0].device_kind} ({shape}; {jax.process_count()} processes)"
-
-
 def _changes(info: provenance.RunInfo | None, description: Description) -> list[str]:
     """Values that differ between the checkpoint's configuration and this one."""
     old, new = (info.flat_config if info else {}), description.flat
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in names]
-
-
-def _write(folder: str, name: str, text: str) -> None:
-    path = model_dir.as_path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / name).write_text(text)
-
-
-def _sample(experiment: Experiment, prog: Program, state: TrainState, vocabulary: Vocabulary) -> str:
-    """A continuation of the configured prompt, drawn at temperature 0.7: a young model's greedy one repeats itself."""
-    from palmjax import decode
-    from palmjax.sampling import Temperature
-
-    prompt = experiment.train.sample_prompt or ""
-    ids = vocabulary.encode(prompt)
-    (found,) = decode.generate(
-        prog.model,
-        state.params,
-        [ids],
-        experiment.train.sample_tokens,
-        sampling=Temperature(temperature=0.7),
-        seed=experiment.train.seed,
-        bos=vocabulary.bos_id,
-        stop=vocabulary.eos_id,
-        as_prefix="prefix" in prog.packing.batch_fields,
-        mesh=prog.mesh,
-        rules=prog.rules,
-    )
-    return f"sample: {prompt}{decode.continuation_text(vocabulary, ids, found.tokens.tolist())}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ MODULES = (
     "palmjax.models.parameters",
     "palmjax.models.positions",
     "palmjax.loss",
+    "palmjax.loss_scale",
     "palmjax.optim",
     "palmjax.data.batch",
     "palmjax.data.order",

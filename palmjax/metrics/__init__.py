@@ -6,10 +6,10 @@ On a remote MODEL_DIR (gs://) a thread uploads what a local one would have appen
 and `palmjax.model_dir`.
 """
 
-from palmjax.metrics.lines import read_metrics
+from palmjax.metrics.lines import in_force, read_metrics
 from palmjax.metrics.recorder import Recorder
 from palmjax.metrics.startup import StartupClock, process_age
 from palmjax.metrics.throughput import Throughput, mfu
 from palmjax.metrics.uploader import Pace
 
-__all__ = ["Pace", "Recorder", "StartupClock", "Throughput", "mfu", "process_age", "read_metrics"]
+__all__ = ["Pace", "Recorder", "StartupClock", "Throughput", "in_force", "mfu", "process_age", "read_metrics"]

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,37 @@ def survives(line: bytes, step: int) -> bool:
     return line.endswith(b"\n") and isinstance(record, dict) and record.get("step", 0) <= step
 
 
+def is_rewind(line: bytes, number: int) -> bool:
+    """Whether a line is the event of the run's `number`-th rewind."""
+    if b'"rewind"' not in line:  # most lines, without parsing them
+        return False
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and record.get("event") == "rewind" and record.get("number") == number
+
+
 # ----------------------------------------------------------------------------------------------- metrics.jsonl
 
 
-def drop_after(path: str, step: int) -> int:
+def drop_after(path: str, step: int, rewinds: int = 0) -> int:
     """Removes from a metrics.jsonl every line of a step after `step`, and lines that are torn; returns how many.
 
     A run that was killed has logged steps after its last checkpoint, and may have been killed inside a line. The file
     is replaced as a whole, so a kill in here loses nothing; an untouched or missing file is left as it is.
+    rewinds: how many the run has made; what was logged before the last of them is history and stays.
     """
     if not os.path.exists(path):
         return 0
-    partial, dropped = path + ".partial", 0
+    partial, dropped, history = path + ".partial", 0, -1
     try:
+        if rewinds:
+            with open(path, "rb") as lines:
+                history = max((i for i, line in enumerate(lines) if is_rewind(line, rewinds)), default=-1)
         with open(path, "rb") as lines, open(partial, "wb") as kept:
-            for line in lines:
-                if survives(line, step):
+            for number, line in enumerate(lines):
+                if number <= history or survives(line, step):
                     kept.write(line)
                 else:
                     dropped += 1
@@ -97,11 +112,11 @@ class JsonLines:
     by the next process, as any torn line is.
     """
 
-    def __init__(self, path: str, start_step: int):
+    def __init__(self, path: str, start_step: int, rewinds: int = 0):
         self._path = path
         with _writable(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            drop_after(path, start_step)
+            drop_after(path, start_step, rewinds)
             # No buffer: after a failure nothing is left that would fail once more in `close`.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
@@ -146,12 +161,26 @@ def read_metrics(model_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
     Yields the records of `Recorder`, with NaN and the infinities as floats again. A torn last line, of a run that is
     writing it or was killed in it, is left out. Raises ConfigError where there are no metrics, ValueError naming file
-    and line for a line that can't be read.
+    and line for a line that can't be read. A rewind does not take back the lines before it: see `in_force`.
     """
     found = files(as_path(model_dir))
     if not found:
         raise ConfigError(f"there are no metrics in {model_dir}: expected {FILE}, or {PARTS}/ with parts of it")
     return (record for _, path in found for record in _read(path))
+
+
+def in_force(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`records` without the steps and evaluations that a later rewind has taken back; every event stays.
+
+    An event "rewind" takes back what was logged before it of steps after its `to`.
+    """
+    kept: list[dict[str, Any]] = []
+    for record in records:
+        if record.get("event") == "rewind":
+            to = record["to"]
+            kept = [one for one in kept if one["kind"] == "event" or one["step"] <= to]
+        kept.append(dict(record))
+    return kept
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

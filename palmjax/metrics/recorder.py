@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,9 @@ from palmjax.metrics.sinks import Bar, Console, Lines, TensorBoard
 from palmjax.metrics.throughput import Throughput, clock
 from palmjax.metrics.uploader import Pace
 from palmjax.model_dir import as_path
+
+Observer = Callable[[int, Mapping[str, float]], Iterable[tuple[str, Mapping[str, Any]]]]
+"""Told of a step and its metrics; returns events (name, fields, with `why` in words) to be logged with it."""
 
 _RECENT_STEPS = 50
 _PACE = Pace()
@@ -47,6 +50,8 @@ class Recorder:
     be written (a full disk) is a ConfigError; TensorBoard's files that can't be are one message, and the run goes on.
     start_step: steps already done when this process begins; what a killed process logged of later steps is removed.
     log_period: steps between lines of the log and between TensorBoard's points (the JSON lines have every step).
+    rewinds: how many the run has made; what was logged before the last is history, of which nothing is removed.
+    observer: told of every step when its metrics are known, on every process; the events that it returns are written.
     is_primary: only this process writes; the others fetch the same numbers at the same time and return them. stream: of
     the console, standard error by default.
 
@@ -64,11 +69,13 @@ class Recorder:
         start_step: int = 0,
         log_period: int = 10,
         tensorboard: bool = True,
+        rewinds: int = 0,
+        observer: Observer | None = None,
         is_primary: bool = True,
         stream: IO[str] | None = None,
         pace: Pace = _PACE,
     ):
-        self._throughput = throughput
+        self._throughput, self._observer = throughput, observer
         self._total_steps, self._start_step, self._log_period = total_steps, start_step, log_period
         self._pending: _Launched | None = None
         self._completed = time.perf_counter()
@@ -85,9 +92,9 @@ class Recorder:
             out = stream or sys.stderr
             folder = as_path(model_dir)
             if isinstance(folder, Path):
-                self._lines = JsonLines(str(folder / FILE), start_step)
+                self._lines = JsonLines(str(folder / FILE), start_step, rewinds)
             else:
-                self._lines = RemoteLines(folder, start_step, self.message, pace)
+                self._lines = RemoteLines(folder, start_step, self.message, pace, rewinds)
                 folder = self._lines.spool
             self._board = TensorBoard(str(folder), start_step, self.message) if tensorboard else None
             self._every_step_shown = out.isatty() and os.environ.get("TERM") != "dumb"
@@ -192,6 +199,14 @@ class Recorder:
     def _settle(self, launched: _Launched) -> dict[str, float]:
         """Waits for a launched step, writes it everywhere and returns its metrics."""
         values = {name: float(value) for name, value in jax.device_get(dict(launched.metrics)).items()}
+        self._write_step(launched, values)
+        if self._observer is not None:
+            for name, fields in self._observer(launched.step, values):
+                self.event(name, **fields)
+                self.message(f"{name}: {fields['why']}")
+        return values
+
+    def _write_step(self, launched: _Launched, values: Mapping[str, float]) -> None:
         now = time.perf_counter()
         seconds, self._completed = now - self._completed, now
         first, self._first_step = self._first_step, False
@@ -201,7 +216,7 @@ class Recorder:
             self._tokens += launched.tokens
             self._data_wait += launched.data_wait
         if self._lines is None:
-            return values
+            return
         timing = {
             "tokens": launched.tokens,
             "seconds": seconds,
@@ -215,7 +230,6 @@ class Recorder:
             self._console.step(launched.step, self._describe(launched.step, values))
         if self._board is not None and due:
             self._board.scalars("train", launched.step, {**_aliased(values), **self._timing_tags(launched, seconds)})
-        return values
 
     def _describe(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Loss, rates over the recent steps and the time left; no rate and no time before the second step."""

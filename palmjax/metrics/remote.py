@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from palmjax.metrics.lines import PARTS, encode, files, part_name, survives
+from palmjax.metrics.lines import PARTS, encode, files, is_rewind, part_name, survives
 from palmjax.metrics.uploader import Pace, Uploader
 
 
@@ -20,9 +20,9 @@ class PartFiles:
     `write` and `keep` are for the run's thread, `upload` for the uploader's; what is not uploaded waits in memory.
     """
 
-    def __init__(self, model_dir: Any, start_step: int, pace: Pace):
+    def __init__(self, model_dir: Any, start_step: int, pace: Pace, rewinds: int = 0):
         self.period = pace.lines
-        self._model_dir, self._start_step, self._step = model_dir, start_step, start_step
+        self._model_dir, self._start_step, self._step, self._rewinds = model_dir, start_step, start_step, rewinds
         self._lines_per_part = pace.lines_per_part
         self._lock = threading.Lock()
         self._lines: list[tuple[int, bytes]] = []  # (step, line) of the open part, and of those after it
@@ -68,11 +68,23 @@ class PartFiles:
         return missing
 
     def _drop_after(self) -> Generator[None, None, int]:
-        """Removes what an earlier, killed process wrote of steps after `start_step`; returns the last place taken."""
-        last = 0
+        """Removes what an earlier, killed process wrote of steps after `start_step`; returns the last place taken.
+
+        What was logged before the last rewind is history and stays.
+        """
+        last, history = 0, (-1, -1)
+        for number, path in files(self._model_dir) if self._rewinds else ():
+            for place, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+                if is_rewind(line, self._rewinds):
+                    history = (number, place)
+            yield
         for number, path in files(self._model_dir):
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if survives(line, self._start_step)]
+            kept = [
+                line
+                for place, line in enumerate(lines)
+                if (number, place) <= history or survives(line, self._start_step)
+            ]
             if not kept:
                 path.unlink()
             else:
@@ -109,10 +121,10 @@ class RemoteLines:
     MODEL_DIR, and `report` says so.
     """
 
-    def __init__(self, model_dir: Any, start_step: int, report: Callable[[str], None], pace: Pace):
+    def __init__(self, model_dir: Any, start_step: int, report: Callable[[str], None], pace: Pace, rewinds: int = 0):
         self.spool = Path(tempfile.mkdtemp(prefix="palmjax-metrics-"))
         self._where, self._report = str(model_dir), report
-        self._parts = PartFiles(model_dir, start_step, pace)
+        self._parts = PartFiles(model_dir, start_step, pace, rewinds)
         self._uploader = Uploader([self._parts, Mirror(self.spool, model_dir, pace)], self._where, report, pace)
 
     def write(self, record: Mapping[str, Any]) -> None:

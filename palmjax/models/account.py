@@ -122,7 +122,7 @@ def account(config: Decoder, length: int) -> Account:
             if leaf.name.startswith("decoder/") and not leaf.name.startswith(f"decoder/{HEAD}/")
         )
         again = config.remat.matmuls_again * 2.0 * body + config.remat.attention_again * forward_attention
-    width = {"float32": 4, "bfloat16": 2}[config.dtype]
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
     return Account(
         parameters=parameters,
         active_parameters=active,

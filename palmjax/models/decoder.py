@@ -269,8 +269,9 @@ class Decoder(ModelPart):
     vocab_size: ids the model knows; vocab_multiple: the table is padded to a multiple of this, so that a mesh axis
     divides it (padding never gets probability and is counted apart). block: of every layer; see BlockCycle.
     final_norm: None for none (post-norm blocks). init: of fresh parameters. dtype: of activations; parameters are
-    float32. remat: None keeps everything. unroll: layers a loop iteration of the scan over layers (num_layers: no loop;
-    compiles longer). dropout: PaLM trains with 0 and finetunes mostly with 0.1.
+    float32, and training in float16 needs Experiment.loss_scale. remat: None keeps everything. unroll: layers a loop
+    iteration of the scan over layers (num_layers: no loop; compiles longer). dropout: PaLM trains with 0 and finetunes
+    mostly with 0.1.
     """
 
     vocab_size: int
@@ -282,7 +283,7 @@ class Decoder(ModelPart):
     head: HeadPart = TiedHead()
     init: InitPart = FanIn()
     vocab_multiple: int = 1
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     remat: RematPart | None = None
     unroll: int = 1
     dropout: float = 0.0
