@@ -115,8 +115,10 @@ class AttentionModule(nn.Module):
             shape, axes = (D, count, N), ("embed", heads, "head_dim")
             return Dense("BTD,DHN->BTHN", shape, axes, stddev, out, c.qkv_bias, name=name)(x_BTD)
 
-        q = project("query", H, "heads", QUERIES)
+        # The queries last: backward, their part of the input's gradient then follows the feed-forward layer's, and a
+        # parallel block sums both before it reduces them over the mesh, once.
         k, v = (project(name, K, "kv_heads", KEYS) for name in ("key", "value"))
+        q = project("query", H, "heads", QUERIES)
         q, k = c.positions.rotate(q, rows.positions), c.positions.rotate(k, rows.positions)
         if cache is None:
             out = self._over_rows(q, k, v, rows)

@@ -80,11 +80,11 @@ class KeepProjections(RematPart):
     """Keep each block's input and the results of the weight matmuls named, recompute the rest: between RecomputeAll and
     RecomputeElementwise, as memory allows.
 
-    names: of the modules, such as `query`, `wi_0`, `wi_1`, `wi`. Those of a block's last matmuls (`out`, `wo`) are of
-    no use: no gradient needs them.
+    names: of the modules; `wi_0` and `wi_1` are a gated layer's, `wi` another's. Those of a block's last matmuls
+    (`out`, `wo`) are of no use: no gradient needs them.
     """
 
-    names: tuple[str, ...] = ("query", "wi_1")
+    names: tuple[str, ...] = ("query", "wi_1", "wi")
 
     matmuls_again = 0.5
 

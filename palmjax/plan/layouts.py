@@ -22,7 +22,9 @@ from palmjax.models.decoder import KeepProjections, RecomputeAll, RecomputeAtten
 from palmjax.plan import chips
 from palmjax.plan.topology import Topology
 
-REMAT = (None, RecomputeAttention(), RecomputeElementwise(), KeepProjections(), RecomputeAll())
+KEEP_INNER = KeepProjections(names=("wi_0", "wi_1", "wi"))
+"""Nothing of the feed-forward layer is computed twice, and attention keeps no memory."""
+REMAT = (None, RecomputeAttention(), RecomputeElementwise(), KEEP_INNER, KeepProjections(), RecomputeAll())
 MICROBATCHES = (1, 2, 4, 8, 16)
 MATMUL_EFFICIENCY = 0.8
 """Of the peak, in the guess: about what the compiler's own cycles come to for large matmuls."""
@@ -78,8 +80,11 @@ class Layout:
 
     def __str__(self) -> str:
         residual = ", residual over tensor" if self.residual else ""
+        policy = policy_name(self.remat)
+        if isinstance(self.remat, KeepProjections):
+            policy += f" ({' '.join(self.remat.names)})"
         return (
-            f"data={self.data} fsdp={self.fsdp} tensor={self.tensor}, {policy_name(self.remat)}, "
+            f"data={self.data} fsdp={self.fsdp} tensor={self.tensor}, {policy}, "
             f"{self.microbatches} microbatch{'es' if self.microbatches > 1 else ''}{residual}, "
             f"{self.rows} rows{', async' if self.options else ''}"
         )
@@ -150,6 +155,14 @@ class Guesser:
         inside = [shape for shape, axes in self.params if axes and axes[0] == "layers"]
         self.layer_values = sum(math.prod(shape) for shape in inside) / model.num_layers
         widths = [shape[axes.index("mlp")] for shape, axes in self.params if "mlp" in axes and axes[0] == "layers"]
+        # Matmuls that a block does not end with, by module: values of a token.
+        self.inner: dict[str, float] = {}
+        for (path, leaf), (_, axes) in zip(
+            jax.tree_util.tree_leaves_with_path(built.abstract_params()), self.params, strict=True
+        ):
+            if axes[:2] == ("layers", "embed") and leaf.ndim > 2:
+                name = path[-2].key
+                self.inner[name] = self.inner.get(name, 0.0) + math.prod(leaf.shape[2:])
         self.mlp_outputs = sum(widths) - (max(widths) if widths else 0)  # all but the last one's input
 
     def layouts(self, rows: tuple[int, ...], options_given: str = "") -> Iterator[Layout]:
@@ -199,9 +212,10 @@ class Guesser:
             "None": 2 * products + 2 * hidden + 4 * scores,
             "RecomputeAttention": 2 * products + 2 * hidden,
             "RecomputeElementwise": products - 2 * d,  # what a block ends with no gradient needs
-            "KeepProjections": queries + hidden / 2,
             "RecomputeAll": 0.0,
         }.get(policy_name(layout.remat), products)
+        if isinstance(layout.remat, KeepProjections):
+            kept = sum(width / t for name, width in self.inner.items() if name in layout.remat.names)
         vocab = model.padded_vocab_size
         accumulated = 4.0 * shares * (1 if layout.microbatches > 1 else 0.5)
         held = (
@@ -220,10 +234,12 @@ class Guesser:
             "None": 0.0,
             "RecomputeAttention": 0.02,
             "RecomputeElementwise": 0.02,
-            "KeepProjections": 0.12,
             "RecomputeAll": 0.22,
         }
         extra = again.get(policy_name(layout.remat), 0.1)
+        if isinstance(layout.remat, KeepProjections):
+            lost = sum(width for name, width in self.inner.items() if name not in layout.remat.names)
+            extra = 0.02 + 0.2 * lost / sum(self.inner.values())
         devices = self.topology.devices
         peak = self.hardware.chip.flops_per_device
         compute = self.flops * (1 + extra) * layout.rows * self.length / devices / peak / MATMUL_EFFICIENCY

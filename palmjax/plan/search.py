@@ -133,7 +133,7 @@ def shortlist(legal: dict[Layout, Guess], hbm: float, budget: int) -> list[Layou
     kinds: dict[Any, list[Layout]] = {}
     for layout, guess in legal.items():
         if guess.bytes <= SLACK * hbm:
-            kind = (layout.tensor, type(layout.remat), layout.microbatches, layout.rows)
+            kind = (layout.tensor, layout.remat, layout.microbatches, layout.rows)
             kinds.setdefault(kind, []).append(layout)
     for members in kinds.values():
         members.sort(key=lambda layout: (legal[layout].seconds / layout.rows, legal[layout].bytes))
