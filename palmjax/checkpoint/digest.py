@@ -37,6 +37,7 @@ def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
 
 
+@jax.jit
 def sums(x: jax.Array, row: Any = 0) -> jax.Array:
     """The two sums of one array, uint32 [2]; traceable. row: place of its first row, for an array given in parts."""
     bits = _bits(x)
@@ -52,9 +53,6 @@ def sums(x: jax.Array, row: Any = 0) -> jax.Array:
     return jnp.stack(both)
 
 
-_sums = jax.jit(sums)
-
-
 def text(two: Any) -> str:
     """A digest as 16 hexadecimal digits."""
     low, high = (int(value) for value in np.asarray(two))
@@ -67,7 +65,7 @@ def digests(tree: Any) -> dict[str, str]:
     Waits for the arrays: they are read once where they lie, and eight bytes of each come back.
     """
     named = trees.leaves(tree)
-    found = jax.device_get([_sums(leaf) for _, leaf in named])  # one by one: they need not lie on the same devices
+    found = jax.device_get([sums(leaf) for _, leaf in named])  # one by one: they need not lie on the same devices
     return {"/".join(name): text(two) for (name, _), two in zip(named, found, strict=True)}
 
 

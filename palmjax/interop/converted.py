@@ -11,11 +11,11 @@ from typing import Any
 
 from palmjax import provenance
 from palmjax.checkpoint import seal
+from palmjax.checkpoint.arrays import Writer
 from palmjax.config import ConfigError, Experiment
 from palmjax.data.vocabulary import Vocabulary
 from palmjax.interop.mapping import Path as ParameterPath
 from palmjax.interop.mapping import leaves
-from palmjax.interop.orbax_arrays import Writer
 from palmjax.interop.staging import Staging
 from palmjax.model_dir import PREFIX, lock, newest
 from palmjax.models.decoder import Decoder
