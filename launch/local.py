@@ -4,6 +4,11 @@
 
 Each process has its own virtual CPU devices; collectives between processes go over gloo. Every line that a process
 prints is prefixed with its index. SIGTERM and SIGINT go to all. The exit code is that of the first process that failed.
+
+`--max_restarts N` starts the job again, up to N times, after every end but a good one, a mistake in the command or
+configuration (exit code 2) and one that was asked for here (SIGTERM, Ctrl-C): a preemption, a lost process, a hang, a
+crash. It goes on from its newest whole checkpoint. The processes find in PALMJAX_RESTARTS how often, and in
+PALMJAX_LAST_EXIT why, for the run's records.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO
 
 from launch import command
@@ -25,6 +30,10 @@ GRACE_SECONDS = 60
 """After one process has failed, the others have this long to leave by themselves."""
 KILL_SECONDS = 10
 """From SIGTERM to SIGKILL for those that did not."""
+FINAL = (0, 2)
+"""Exit codes behind which starting again makes no difference: done, and a mistake of the user's."""
+RESTART_SECONDS = (1.0, 60.0)
+"""The pause before a restart: the first, doubled while the job ends within a minute, and the longest."""
 
 
 def free_port() -> int:
@@ -61,8 +70,31 @@ def _as_exit_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def supervise(lines: Sequence[Sequence[str]], added: dict[str, str]) -> int:
-    """Runs the processes to their end. Returns 0, or the exit code of the first that failed."""
+def run_until_done(start: Callable[[dict[str, str], list[int]], int], max_restarts: int) -> int:
+    """Calls `start` until it ends for good; returns its last exit code.
+
+    start: gets what to add to the environment and a list to which it adds the signals that asked for the end.
+    """
+    added: dict[str, str] = {}
+    asked: list[int] = []
+    pause, restarts = RESTART_SECONDS[0], 0
+    while True:
+        began = time.monotonic()
+        code = start(added, asked)
+        if asked or code in FINAL or restarts == max_restarts:
+            return code
+        pause = RESTART_SECONDS[0] if time.monotonic() - began > 60 else pause
+        print(f"exit code {code}: restart {restarts + 1} of {max_restarts} in {pause:.0f} s", file=sys.stderr)
+        time.sleep(pause)
+        pause, restarts = min(2 * pause, RESTART_SECONDS[1]), restarts + 1
+        added = {"PALMJAX_RESTARTS": str(restarts), "PALMJAX_LAST_EXIT": str(code)}
+
+
+def supervise(lines: Sequence[Sequence[str]], added: dict[str, str], asked: list[int] | None = None) -> int:
+    """Runs the processes to their end. Returns 0, or the exit code of the first that failed.
+
+    asked: gets the signals that were forwarded.
+    """
     # Groups of their own: Ctrl-C reaches them once, forwarded from here.
     processes = [
         subprocess.Popen(
@@ -87,6 +119,8 @@ def supervise(lines: Sequence[Sequence[str]], added: dict[str, str]) -> int:
         echo.start()
 
     def forward(number: int, _frame: object) -> None:
+        if asked is not None:
+            asked.append(number)
         _send(processes, number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -136,15 +170,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each process (1)")
     parser.add_argument("--platform", default="cpu", help="JAX_PLATFORMS of the processes (cpu)")
     parser.add_argument("--port", type=int, help="the coordinator's port (a free one)")
+    parser.add_argument(
+        "--max_restarts", "--max-restarts", type=int, default=0, metavar="N", help="start again up to N times (0)"
+    )
     options, arguments = command.parse(parser, argv)
     if options.processes < 1 or options.devices < 1:
         parser.error("--processes and --devices are at least 1")
-    lines = commands(arguments, options.processes, options.port or free_port())
+    if options.max_restarts < 0:
+        parser.error("--max_restarts is at least 0")
+
+    def lines() -> list[list[str]]:
+        # A free port each time: the last job's may still be closing.
+        return commands(arguments, options.processes, options.port or free_port())
+
     added = environment(options.devices, options.platform)
     if options.dry_run:
-        print("\n".join(command.as_shell(line, added) for line in lines))
+        print("\n".join(command.as_shell(line, added) for line in lines()))
         return 0
-    return supervise(lines, added)
+    return run_until_done(lambda more, asked: supervise(lines(), added | more, asked), options.max_restarts)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ VERBS = {
     ),
     "models": ("palmjax.zoo", "every shipped model: parameters, FLOPs and cache beside the published figures"),
     "convert": ("palmjax.interop.convert", "weights of Hugging Face and T5X to a checkpoint, and back"),
+    "checkpoint": ("palmjax.checkpoint.main", "verify, list, compare and prune the checkpoints of a run"),
     "config": ("palmjax.configure", "print a configuration as it will run, and where each value was set"),
     "tokenizer": ("palmjax.tokenizer", "train a SentencePiece vocabulary"),
 }

@@ -192,12 +192,31 @@ class DatasetConfig:
 
 
 @section
+class KeepBest:
+    """Keeps the `count` checkpoints with the lowest (or the highest) held-out `metric`: `loss`, `bits_per_byte`, ...
+
+    Only checkpoints that were saved at a step of an evaluation compete: let SaveCheckpointConfig.period divide
+    TrainConfig.eval_period.
+    """
+
+    metric: str = "loss"
+    count: int = 1
+    highest: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, self, "count", "1 or more")
+
+
+@section
 class SaveCheckpointConfig:
-    """When to save. `period` steps apart; the newest `keep` stay (None: all), and every multiple of `keep_period`."""
+    """When to save: `period` steps apart. The newest `keep` stay (None: all), every multiple of `keep_period`, the
+    `best`, and those with a file named PINNED in their folder.
+    """
 
     period: int = 1000
     keep: int | None = 3
     keep_period: int | None = None
+    best: KeepBest | None = None
 
     def __post_init__(self) -> None:
         require(self.period >= 1, self, "period", "1 or more")

@@ -146,6 +146,23 @@ def from_first(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
+def everywhere(problem: str) -> str:
+    """The problem of the first process that has one, on every process; "" if none has. All call it together.
+
+    What one process finds wrong, such as its part of a checkpoint, must lead all of them the same way.
+    """
+    if jax.process_count() == 1:
+        return problem
+    from jax.experimental import multihost_utils
+
+    mine = np.zeros(512, np.uint8)
+    text = problem.encode()[: len(mine)]
+    mine[: len(text)] = np.frombuffer(text, np.uint8)
+    found = multihost_utils.process_allgather(mine)
+    texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in found]
+    return next((text for text in texts if text), "")
+
+
 # --- the end -------------------------------------------------------------------------------------------------------
 
 _resume_from = ""

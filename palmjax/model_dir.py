@@ -21,6 +21,9 @@ PREFIX = "checkpoint_"
 PARTS = ("commit_success.txt", "_CHECKPOINT_METADATA", "info/metadata", "state/_METADATA", "state/manifest.ocdbt")
 """Files without which a checkpoint is not whole."""
 
+DAMAGED = "DAMAGED.txt"
+"""Marks, with the reason, a checkpoint on an object store that turned out to be damaged: it can't be renamed there."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +48,14 @@ def as_path(path: str | os.PathLike[str]) -> Any:
 
 def _missing(path: Any) -> str | None:
     """The first file that a whole checkpoint would have and `path` has not."""
+    if not isinstance(path, Path) and (path / DAMAGED).exists():
+        return f"{DAMAGED} says that part of it"
     return next((part for part in PARTS if not (path / part).exists()), None)
+
+
+def is_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint has every part and is not marked as damaged; what is in the parts is another question."""
+    return _missing(as_path(path)) is None
 
 
 def steps(model_dir: str | os.PathLike[str]) -> list[int]:
@@ -53,6 +63,22 @@ def steps(model_dir: str | os.PathLike[str]) -> list[int]:
     folder = as_path(model_dir)
     found = [m for p in _children(folder) if (m := re.fullmatch(rf"{PREFIX}(\d+)", p.name))]
     return sorted(int(m[1]) for m in found if _missing(folder / m[0]) is None)
+
+
+def set_aside(path: Any, why: str, reason: str) -> str:
+    """Takes the name from a checkpoint that can't be used, so that its step can be saved again; deletes nothing.
+
+    `checkpoint_N` becomes `<why>_checkpoint_N.<time>`. On an object store, which can't rename, it is marked, and stays
+    until its step is saved again. Returns where it lies.
+    """
+    if not isinstance(path, Path):
+        (path / DAMAGED).write_text(reason)
+        logger.warning("%s: %s; marked as damaged", path, reason)
+        return str(path)
+    there = path.with_name(f"{why}_{path.name}.{time.time_ns()}")
+    logger.warning("%s: %s; set aside as %s", path, reason, there.name)
+    path.rename(there)
+    return str(there)
 
 
 def set_broken_aside(model_dir: Any) -> None:
@@ -64,8 +90,7 @@ def set_broken_aside(model_dir: Any) -> None:
         return
     for path in _children(model_dir):
         if re.fullmatch(rf"{PREFIX}\d+", path.name) and (part := _missing(path)) is not None:
-            logger.warning("%s is not whole (%s is missing): set aside", path, part)
-            path.rename(path.with_name(f"broken_{path.name}.{time.time_ns()}"))
+            set_aside(path, "broken", f"it is not whole ({part} is missing)")
 
 
 def newest(model_dir: str | os.PathLike[str]) -> int | None:

@@ -18,7 +18,8 @@ from palmjax.config import ConfigError, section
 from palmjax.data import vocabulary as vocabularies
 from palmjax.data.vocabulary import Vocabulary
 
-FORMAT = 1
+FORMAT = 2
+"""Of `info`. Since 2 a checkpoint lists its files' checksums and its arrays' digests."""
 PACKAGES = ("palmjax", "pallas_kernels", "tasks")
 """The distribution's packages, installed side by side."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
@@ -40,7 +41,9 @@ class RunInfo:
     config: the operative gin text. flat_config: the same as `path -> value` lines. mesh: axis -> devices.
     guard: what the run's guard goes on from, a JSON object (`palmjax.guard`).
     code, libraries: versions, as `code_version` and `library_versions` give them.
-    step and arrays (name -> dtype and shape) are those of the saved state; `Checkpointer.save` fills them in.
+    metrics: of the held-out evaluation at this step, if there was one.
+    step, arrays (name -> dtype and shape) and digests (name -> 16 hexadecimal digits, `checkpoint.digest`) are those of
+    the saved state; `Checkpointer.save` fills them in. sealed: whether the folder must list its files' checksums.
     """
 
     seed: int
@@ -54,13 +57,26 @@ class RunInfo:
     guard: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     step: int = 0
     arrays: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sealed: bool = True
+
+    def __post_init__(self) -> None:
+        texts = (self.flat_config, self.code, self.libraries, self.arrays, self.digests)
+        if not all(_is_map(value, str) for value in texts):
+            raise TypeError("configuration, versions, arrays and digests are maps of names to text")
+        if not (_is_map(self.mesh, int) and _is_map(self.metrics, int, float) and isinstance(self.config, str)):
+            raise TypeError("mesh, metrics or config is of another type")
+        if not all(type(value) is int for value in (self.seed, self.step, self.data.first_row)):
+            raise TypeError("seed, step and first_row are integers")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value from which `from_json` makes an equal RunInfo; the vocabulary's files go in as base64."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("data", "vocabulary")}
+        beside = ("data", "vocabulary", "sealed")
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in beside}
         files = {name: base64.b64encode(content).decode() for name, content in self.vocabulary.files().items()}
         return {
-            "format": FORMAT,
+            "format": FORMAT if self.sealed else 1,
             **{name: dict(value) if isinstance(value, Mapping) else value for name, value in out.items()},
             "data": dataclasses.asdict(self.data),
             "vocabulary": {
@@ -74,13 +90,22 @@ class RunInfo:
     def from_json(cls, text: str) -> RunInfo:
         """Raises ConfigError if the format is newer than this palmjax; ValueError, KeyError or TypeError if damaged."""
         value = json.loads(text)
-        if value.pop("format") > FORMAT:
+        if (written := int(value.pop("format"))) > FORMAT:
             raise ConfigError("written by a newer palmjax; update this one")
         data = value.pop("data")
         data["skips"] = tuple((int(first), int(last)) for first, last in data["skips"])
         described = value.pop("vocabulary")
         files = {name: base64.b64decode(content) for name, content in described["files"].items()}
-        return cls(data=DataPosition(**data), vocabulary=vocabularies.from_json(described["kind"], files), **value)
+        return cls(
+            data=DataPosition(**data),
+            vocabulary=vocabularies.from_json(described["kind"], files),
+            sealed=written >= 2,
+            **value,
+        )
+
+
+def _is_map(value: Any, *kinds: type) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and type(v) in kinds for k, v in value.items())
 
 
 def source_digest(root: Path) -> str:

@@ -8,6 +8,9 @@ as it would after a kill, by the same lines of code.
 Events in metrics.jsonl, beside those of `palmjax.guard.watch`; `step` counts as the train lines do:
     start       step, origin, mesh, code, config (digest of config.gin), rewinds, skips, overrides, changes
     first step  step, seconds (of the phases before it)
+    restart     step, attempt, exit_code: the launcher has started the job again after it ended with that code
+    restore skipped  checkpoint (step), reason, path: a damaged one was passed over and set aside
+    checkpoint  step, blocked, seconds, bytes, deleted: a save has become whole (`checkpoint.Saved`)
     rewind      number, step (decided at), to, skips, rows ([first, end) passed over), why
     overrides   step, overrides, why: overrides.json has changed; a start follows
     preempted   step
@@ -22,9 +25,10 @@ import contextlib
 import dataclasses
 import enum
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -115,8 +119,11 @@ class Attempt:
     recorder: Recorder
     batches: feed.Feed
 
-    def info(self, step: int) -> provenance.RunInfo:
-        """What a checkpoint of `step` says of the run; the metrics of all steps before it are known."""
+    def info(self, step: int, scores: Mapping[str, float]) -> provenance.RunInfo:
+        """What a checkpoint of `step` says of the run; the metrics of all steps before it are known.
+
+        scores: of the held-out evaluation at this step, if there was one.
+        """
         run = self.run
         return provenance.RunInfo(
             seed=run.settings.seed,
@@ -129,13 +136,14 @@ class Attempt:
             mesh=dict(run.mesh.shape),
             code=provenance.code_version(),
             libraries=provenance.library_versions(),
+            metrics=scores,
             guard={"rewinds": self.rewinds, "overrides": self.overrides.to_json(), **self.watch.memory()},
         )
 
-    def evaluate(self, step: int, max_batches: int | None) -> None:
-        """Scores the held-out split, if there is one, and records it."""
+    def evaluate(self, step: int, max_batches: int | None) -> Mapping[str, float]:
+        """Scores the held-out split, if there is one, records it and returns the numbers by name."""
         if self.heldout is None:
-            return
+            return {}
         # Scores of a part and of the whole are not points of one curve.
         part = self.run.settings.eval_steps is not None and max_batches is None
         name = f"{self.heldout.task}_all" if part else self.heldout.task
@@ -143,12 +151,18 @@ class Attempt:
             began = time.perf_counter()
             result = self.heldout.run(self.state.params, max_batches)
             self.recorder.evaluation(step, name, result.metrics(), seconds=time.perf_counter() - began)
+        return result.metrics()
 
-    def save(self, step: int) -> float:
+    def save(self, step: int, scores: Mapping[str, float]) -> float:
         """Begins to save; returns the seconds that the loop stood still."""
         began = time.perf_counter()
-        self.saver.save(step, self.state, self.info(step))
+        self.saver.save(step, self.state, self.info(step, scores))
         return time.perf_counter() - began
+
+    def note(self, saved: checkpoint.Saved | None) -> None:
+        """Records a checkpoint that has become whole."""
+        if saved is not None:
+            self.recorder.event("checkpoint", **dataclasses.asdict(saved))
 
     def overrides_changed(self, step: int) -> bool:
         """Whether overrides.json says something new, as process 0 sees it. A mistake in it is told and changes nothing:
@@ -263,24 +277,25 @@ def loop(job: Job, going: Attempt) -> Ended:
             recorder.event("first step", step=done, seconds=job.clock.seconds)
         job.launched += 1
         asked = job.preemption.reached(job.launched)  # of numbers that rise, as steps do not where a run rewinds
+        scores: Mapping[str, float] = {}
         # Before the save: a run that is killed in between evaluates again instead of never.
         if settings.eval_period and done % settings.eval_period == 0 and done < settings.steps:
-            going.evaluate(done, settings.eval_steps)
+            scores = going.evaluate(done, settings.eval_steps)
         saving = saver.should_save(done) or done == settings.steps or asked
         if saving:
             recorder.flush()  # the line of this step is on disk before its checkpoint can be, and the guard has seen it
         if going.watch.verdict is not None:
             return decided(job, going)
         if saving:
-            blocked = going.save(done)
-        saver.check()
+            blocked = going.save(done, scores)
+        going.note(saver.check())
         if asked:
-            saver.wait()
+            going.note(saver.wait())
             recorder.event("preempted", step=done)
             recorder.message(f"asked to stop: checkpoint_{done} is saved; run the same command again to go on")
             return Ended.PREEMPTED
         if saving and done < settings.steps and going.overrides_changed(done):
-            saver.wait()
+            going.note(saver.wait())
             return Ended.AGAIN
     return Ended.DONE
 
@@ -313,7 +328,7 @@ def decided(job: Job, going: Attempt) -> Ended:
 def finish(job: Job, going: Attempt) -> Ended:
     """The end: the whole held-out split, and a sample."""
     run, recorder, settings = job.run, going.recorder, job.run.settings
-    going.saver.wait()
+    going.note(going.saver.wait())
     going.evaluate(settings.steps, None)
     if settings.sample_prompt is not None:
         recorder.message(run.sample(going.state.params))
@@ -345,6 +360,13 @@ def _announce(
         overrides=overrides.to_json(),
         changes=changes,
     )
+    for lost in start.skipped:
+        recorder.event("restore skipped", checkpoint=lost.step, reason=lost.reason, path=lost.path)
+        recorder.message(f"checkpoint_{lost.step} was passed over: {lost.reason}; it lies in {lost.path}")
+    restarts = os.environ.get("PALMJAX_RESTARTS")  # launch.local's
+    if restarts is not None and not job.launched:
+        code = int(os.environ.get("PALMJAX_LAST_EXIT", "0"))
+        recorder.event("restart", step=first, attempt=int(restarts), exit_code=code)
 
 
 def _rewinds_at(folder: str) -> Any:

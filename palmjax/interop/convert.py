@@ -17,13 +17,13 @@ import jax
 
 from palmjax import model_dir, trained
 from palmjax.checkpoint import describe, read_info
+from palmjax.checkpoint.arrays import Reader
 from palmjax.config import ConfigError, section
 from palmjax.data.vocabulary import PassThrough, Vocabulary
 from palmjax.interop import converted, experiment, safetensors_files, transfer
 from palmjax.interop.huggingface import families, folder
 from palmjax.interop.huggingface.family import Family, architecture
 from palmjax.interop.mapping import Tensor
-from palmjax.interop.orbax_arrays import Reader
 from palmjax.interop.staging import Staging
 from palmjax.interop.t5x import names as t5x_names
 from palmjax.interop.t5x import reading

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from palmjax import provenance
+from palmjax.checkpoint import seal
+from palmjax.checkpoint.arrays import Writer
 from palmjax.config import ConfigError, Experiment
 from palmjax.data.vocabulary import Vocabulary
 from palmjax.interop.mapping import Path as ParameterPath
 from palmjax.interop.mapping import leaves
-from palmjax.interop.orbax_arrays import Writer
 from palmjax.interop.staging import Staging
 from palmjax.model_dir import PREFIX, lock, newest
 from palmjax.models.decoder import Decoder
@@ -54,6 +55,7 @@ class Converted:
         }
         (folder / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
         (folder / "commit_success.txt").write_text(f"Checkpoint commit was successful to {self.staging.final}")
+        seal.write(folder)
         self.staging.commit()
 
     def described(self) -> dict[str, str]:

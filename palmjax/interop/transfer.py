@@ -1,7 +1,7 @@
 """Moves tensors between another stack's files and palmjax's checkpoints, one after the other, in bounded memory.
 
 A tensor is never held as a whole on the way from safetensors or to them: it is a memory map of which blocks of
-`orbax_arrays.CHUNK_BYTES` are copied, `IN_FLIGHT_BYTES` of them at a time.
+`checkpoint.arrays.CHUNK_BYTES` are copied, `IN_FLIGHT_BYTES` of them at a time.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from palmjax.checkpoint.arrays import CHUNK_BYTES, Reader, Writer, read_chunks
 from palmjax.config import ConfigError
 from palmjax.interop import layout
 from palmjax.interop.mapping import Part, Path, Tensor
-from palmjax.interop.orbax_arrays import CHUNK_BYTES, Reader, Writer, read_chunks
 from palmjax.interop.staging import Staging
 
 IN_FLIGHT_BYTES = 32 << 20

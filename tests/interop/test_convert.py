@@ -17,10 +17,10 @@ import pytest
 import safetensors.numpy
 
 from palmjax import checkpoint, cli
+from palmjax.checkpoint.arrays import Reader
 from palmjax.config import ConfigError
 from palmjax.interop import convert, safetensors_files
 from palmjax.interop.huggingface import families
-from palmjax.interop.orbax_arrays import Reader
 from tests.interop import models
 
 ROOT = Path(__file__).parents[2]

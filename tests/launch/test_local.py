@@ -98,3 +98,52 @@ def test_without_dashes_the_way_out_is_said(capsys: pytest.CaptureFixture[str]) 
             local.main(argv)
         assert exit_.value.code == 2
         assert "behind `--`" in capsys.readouterr().err
+
+
+def launch(folder: Path, code: str, *options: str) -> list[str]:
+    """A command line: the launcher over a stand-in for palmjax, a package of `folder` whose main is `code`."""
+    (folder / "palmjax").mkdir(exist_ok=True)
+    (folder / "palmjax" / "__init__.py").touch()
+    (folder / "palmjax" / "__main__.py").write_text(f"import os, pathlib, signal, sys, time\n{code}")
+    run = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch import local; sys.exit(local.main())"
+    return [sys.executable, "-c", run, "--processes", "1", *options, "--", "train", "x.gin"]
+
+
+COUNTED = """
+ends, count = {ends}, pathlib.Path("count")
+number = int(count.read_text()) if count.exists() else 0
+count.write_text(str(number + 1))
+print("attempt", os.environ.get("PALMJAX_RESTARTS"), os.environ.get("PALMJAX_LAST_EXIT"))
+if ends[number] < 0:
+    os.kill(os.getpid(), -ends[number])
+sys.exit(ends[number])
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "limit", "attempts", "code"),
+    [
+        ([75, -9, 69, 0], 5, [("None", "None"), ("1", "75"), ("2", "137"), ("3", "69")], 0),
+        ([75, 75, 75], 1, [("None", "None"), ("1", "75")], 75),
+        ([2, 0], 5, [("None", "None")], 2),
+    ],
+)
+def test_a_job_is_started_again_until_it_ends_for_good(
+    tmp_path: Path, ends: list[int], limit: int, attempts: list[tuple[str, str]], code: int
+) -> None:
+    command = launch(tmp_path, COUNTED.format(ends=ends), f"--max-restarts={limit}")
+    quick = [part.replace("sys.exit(local", "local.RESTART_SECONDS = (0.01, 0.1); sys.exit(local") for part in command]
+    run = subprocess.run(quick, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == code, run.stderr
+    assert [tuple(line.split()[2:]) for line in run.stdout.splitlines()] == attempts
+    assert run.stderr.count("restart") == len(attempts) - 1
+
+
+def test_a_launcher_that_is_asked_to_stop_does_not_start_again(tmp_path: Path) -> None:
+    code = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"
+    command = launch(tmp_path, code, "--max_restarts", "5")
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        assert run.stdout is not None and "ready" in run.stdout.readline()
+        run.send_signal(signal.SIGTERM)
+        rest = run.stdout.read()
+    assert run.returncode == 75 and "restart" not in rest

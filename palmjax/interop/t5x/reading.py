@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from palmjax.checkpoint import arrays
 from palmjax.config import ConfigError
-from palmjax.interop import orbax_arrays
 from palmjax.interop.mapping import Path as TreePath
 
 LEGACY = "checkpoint"
@@ -143,7 +143,7 @@ def _legacy_leaf(path: Path, name: TreePath, leaf: Any) -> LazyArray:
 
 
 def _read_orbax(path: Path) -> Checkpoint:
-    reader = orbax_arrays.Reader(path / "state")
+    reader = arrays.Reader(path / "state")
     trees: dict[str, dict[TreePath, LazyArray]] = {"target": {}, "param_states": {}}
     step = None
     for name, parts in reader.names.items():

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from palmjax.checkpoint.arrays import Reader
 from palmjax.config import ConfigError
 from palmjax.interop import layout, mapping
 from palmjax.interop.huggingface.family import parameter_shapes
 from palmjax.interop.mapping import Tensor
-from palmjax.interop.orbax_arrays import Reader
 from palmjax.interop.staging import Staging
 from palmjax.interop.t5x import names, reading
 from palmjax.interop.t5x.writing import Writer

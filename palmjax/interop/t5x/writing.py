@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from palmjax.checkpoint.arrays import CHUNK_BYTES
 from palmjax.config import ConfigError
 from palmjax.interop import layout
 from palmjax.interop.mapping import Path as TreePath
-from palmjax.interop.orbax_arrays import CHUNK_BYTES
 from palmjax.interop.t5x.reading import LEGACY
 
 _CONTEXT = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})

@@ -1,4 +1,4 @@
-"""The arrays of an Orbax checkpoint one by one, opened without being read, and written block by block.
+"""The arrays of an Orbax checkpoint one by one, with no model and no Orbax: opened, read and written block by block.
 
 Orbax reads and writes whole trees of arrays that are in memory. What it leaves on disk is public: one zarr array for
 each leaf in an OCDBT key-value store (or plain folders), and `_METADATA`, which names the leaves. Conversion writes the
@@ -25,7 +25,7 @@ CHUNK_BYTES = 8 << 20
 _CONTEXT = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
 
 
-def names(state: Path) -> dict[str, tuple[str, ...]]:
+def names(state: Any) -> dict[str, tuple[str, ...]]:
     """{"params.decoder.decoder_norm.scale": ("params", "decoder", "decoder_norm", "scale")} for every array in `state`.
 
     Raises ConfigError if `state` is not a tree of arrays that Orbax wrote.
@@ -38,7 +38,7 @@ def names(state: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _metadata(state: Path) -> dict[str, Any]:
+def _metadata(state: Any) -> dict[str, Any]:
     try:
         metadata = json.loads((state / "_METADATA").read_text())
         metadata["tree_metadata"].values()
@@ -48,9 +48,9 @@ def _metadata(state: Path) -> dict[str, Any]:
 
 
 class Reader:
-    """The arrays of a `state` folder, by dotted name."""
+    """The arrays of a `state` folder (a path as of `model_dir.as_path`), by dotted name."""
 
-    def __init__(self, state: Path):
+    def __init__(self, state: Any):
         metadata = _metadata(state)
         self._state, self.names = state, names(state)
         self._ocdbt = metadata.get("use_ocdbt", (state / "manifest.ocdbt").exists())
@@ -58,10 +58,12 @@ class Reader:
 
     def open(self, name: str) -> Any:
         """The TensorStore of one array. Raises ConfigError if its data are missing or damaged."""
-        path = f"{self._state.absolute()}/"
-        kvstore: dict[str, Any] = {"driver": "file", "path": f"{path}{name}/"}
+        is_local = isinstance(self._state, Path)
+        path = f"{self._state.absolute() if is_local else self._state}/"
+        kvstore: Any = {"driver": "file", "path": f"{path}{name}/"} if is_local else f"{path}{name}/"
         if self._ocdbt:
-            kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": path}, "path": f"{name}/"}
+            base = {"driver": "file", "path": path} if is_local else path
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         try:
             return ts.open(
                 {"driver": self._driver, "kvstore": kvstore}, open=True, read=True, context=_CONTEXT

@@ -1,0 +1,215 @@
+"""One run, killed a hundred times: are its final bits those of a run that nobody disturbed?
+
+    python -m benchmarks.chaos --kills 100 --seed 0
+
+A tiny PaLM is trained twice on the same text. The second run is ended by SIGKILL at random instants, start-up, steps
+and saves alike, and started again each time. Printed: where the kills fell, how many steps were computed twice, and how
+many of the final state's arrays, optimizer moments included, are equal bit for bit; exit code 1 unless all are. After
+each kill the next attempt must go on from the newest checkpoint that was whole when the process died: "lost" counts
+the attempts that did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from palmjax import model_dir
+from palmjax.checkpoint import inspect
+
+ROOT = Path(__file__).parent.parent
+GIN = """
+include "run/train.gin"
+include "models/palm.gin"
+include "optim/palm_adafactor.gin"
+include "data/text_files.gin"
+VOCAB_SIZE = 264
+Decoder.num_layers = 2
+Decoder.d_model = 64
+Decoder.dtype = "float32"
+Attention.num_heads = 4
+Attention.head_dim = 16
+SwiGLU.d_ff = 128
+DROPOUT_RATE = 0.1
+TASK_FEATURE_LENGTHS = {"targets": 64}
+BATCH_SIZE = 16
+EVAL_BATCH_SIZE = 8
+EVAL_PERIOD = 0
+EVAL_STEPS = 2
+TextFiles.validation_share = 0.2
+SaveCheckpointConfig.period = 10
+SaveCheckpointConfig.keep = 2
+TrainConfig.log_period = 100
+TrainConfig.tensorboard = False
+"""
+WORDS = ["the", "model", "reads", "a", "row", "of", "tokens", "and", "learns", "what", "follows", "from", "before"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A tiny job in `folder`: its gin file, its text and its token store; each run has its own MODEL_DIR."""
+
+    folder: Path
+    steps: int
+
+    def prepare(self) -> Job:
+        rng = random.Random(0)
+        (self.folder / "text").mkdir(parents=True, exist_ok=True)
+        for i in range(40):
+            lines = [" ".join(rng.choices(WORDS, k=rng.randint(4, 12))) for _ in range(60)]
+            (self.folder / "text" / f"{i:03}.txt").write_text("\n".join(lines) + "\n")
+        (self.folder / "job.gin").write_text(GIN)
+        return self
+
+    def start(self, run: Path, *bindings: str) -> subprocess.Popen[str]:
+        values = {
+            "MODEL_DIR": run,
+            "TRAIN_FILES": self.folder / "text" / "*.txt",
+            "STORE_DIR": self.folder / "stores",
+            "TRAIN_STEPS": self.steps,
+        }
+        given = [*(f"--gin.{name}={value}" for name, value in values.items()), *(f"--gin.{b}" for b in bindings)]
+        command = [sys.executable, "-m", "palmjax", "train", str(self.folder / "job.gin"), *given]
+        console = (run.parent / f"{run.name}.log").open("a")
+        with console:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment(), stdout=console, stderr=subprocess.STDOUT, text=True
+            )
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_step(run: Path) -> int:
+    return max((row["step"] for row in records(run) if row["kind"] == "train"), default=0)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """kills: how many by where they fell. lost: attempts that did not begin at the newest whole checkpoint. repeated:
+    steps that were computed again. seconds: of all the attempts. starts: step at which each began.
+    """
+
+    kills: collections.Counter[str]
+    lost: int = 0
+    repeated: int = 0
+    seconds: float = 0.0
+
+
+def disturb(job: Job, run: Path, kills: int, seed: int) -> Outcome:
+    """Runs `job` to its end with `kills` SIGKILLs on the way.
+
+    One kill in eight falls into the start-up. The others wait for a step, evenly spread over the run, and then for a
+    random time in which a few steps and about one save pass.
+    """
+    rng, out, began = random.Random(seed), Outcome(collections.Counter()), time.monotonic()
+    for number in range(kills):
+        before = model_dir.newest(run) or 0
+        at = time.time()
+        process = job.start(run)
+        if rng.random() < 1 / 8:
+            time.sleep(rng.random() * 4)
+        else:
+            target = max(last_step(run), before) + 1 + rng.randrange(max(2, job.steps // (2 * kills)))
+            _wait_for_step(job, run, at, min(target, job.steps - 1), process)
+            time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.wait()
+        newest = model_dir.newest(run) or 0
+        out.lost += any(step != before for step in _starts(run, at))
+        out.repeated += max(0, last_step(run) - newest)
+        out.kills[_where(run, before)] += 1
+        if newest >= job.steps:
+            raise SystemExit(f"the run ended after {number + 1} kills: give it more --steps")
+    process = job.start(run)
+    if process.wait(600):
+        raise SystemExit(f"the last attempt ended with {process.returncode}; see {run}.log")
+    out.seconds = time.monotonic() - began
+    return out
+
+
+def _starts(run: Path, since: float) -> list[int]:
+    """Steps at which attempts began since a time."""
+    return [row["step"] for row in records(run) if row.get("event") == "start" and row["time"] >= since]
+
+
+def _wait_for_step(job: Job, run: Path, since: float, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the attempt that was started at `since` has written the metrics of `step`."""
+    deadline = time.monotonic() + 300
+    while not (_starts(run, since) and last_step(run) >= step):
+        if process.poll() is not None:
+            if process.returncode == 0:
+                return
+            raise SystemExit(f"an attempt ended by itself with {process.returncode}; see {run}.log")
+        if time.monotonic() > deadline:
+            raise SystemExit(f"step {step} of {job.steps} did not come in 300 s; see {run}.log")
+        time.sleep(0.01)
+
+
+def _where(run: Path, before: int) -> str:
+    """Where the kill fell, from what it left behind."""
+    names = [path.name for path in run.glob("checkpoint_*.*")] if run.exists() else []
+    for suffix, where in ((".deleting", "deleting an old one"), (".orbax-checkpoint-tmp", "writing a checkpoint")):
+        if any(name.endswith(suffix) for name in names):
+            return where
+    if any(name.endswith(".written") for name in names):
+        return "summing up a checkpoint"
+    return "steps" if last_step(run) > before else "start-up"
+
+
+def compare(a: Path, b: Path, steps: int) -> tuple[int, int]:
+    """(equal arrays, arrays) of the two runs' final states."""
+    changes, _ = inspect.diff(str(a / f"checkpoint_{steps}"), str(b / f"checkpoint_{steps}"))
+    return sum(change.same for change in changes), len(changes)
+
+
+def report(out: Outcome, kills: int, steps: int, equal: tuple[int, int]) -> Mapping[str, Any]:
+    fell = ", ".join(f"{count} {where}" for where, count in out.kills.most_common())
+    print(f"{kills} kills in {steps} steps: {fell}")
+    print(f"{out.repeated} steps were computed twice, {out.lost} attempts began before the newest whole checkpoint")
+    print(f"{equal[0]} of {equal[1]} arrays of the final state equal the undisturbed run's, bit for bit")
+    print(f"{out.seconds:.0f} s, {out.seconds / (kills + 1):.1f} s an attempt")
+    return {"kills": dict(out.kills), "lost": out.lost, "repeated": out.repeated, "equal": equal}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 if the disturbed run ended with the bits of the other one and lost nothing."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, help="of the run (60 a kill)")
+    parser.add_argument("--seed", type=int, default=0, help="of the instants (0)")
+    parser.add_argument("--folder", type=Path, help="where to work, kept; else a temporary one")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        folder = options.folder or Path(temporary)
+        job = Job(folder.absolute(), options.steps or 60 * options.kills).prepare()
+        calm, disturbed = job.folder / "calm", job.folder / "disturbed"
+        if job.start(calm).wait(1200):
+            raise SystemExit(f"the undisturbed run failed; see {calm}.log")
+        out = disturb(job, disturbed, options.kills, options.seed)
+        equal = compare(calm, disturbed, job.steps)
+        report(out, options.kills, job.steps, equal)
+        return int(equal[0] != equal[1] or out.lost > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
