@@ -22,7 +22,7 @@ from palmjax.data.order import Skips
 from palmjax.evaluation.heldout import HeldOut
 from palmjax.guard import Overrides, Rewind
 from palmjax.metrics import Throughput
-from palmjax.models.account import account
+from palmjax.models.account import account, parameter_table
 from palmjax.models.api import LanguageModel
 from palmjax.step import Program, Step, program
 
@@ -41,6 +41,9 @@ class Description:
 
 
 NO_TEXT = Description()
+
+CONFIGS = "configs"
+"""Folder in MODEL_DIR of every configuration that the run has had, `<digest>.gin`; config.gin is the last of them."""
 
 
 class Steps:
@@ -184,11 +187,17 @@ class Run:
         )
         return f"sample: {prompt}{decode.continuation_text(vocabulary, ids, found.tokens.tolist())}"
 
-    def write(self, name: str, text: str) -> None:
-        """Writes a text file into MODEL_DIR. For process 0."""
-        path = model_dir.as_path(self.folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(text)
+    def write_texts(self) -> None:
+        """Writes into MODEL_DIR the configuration, under its own name too, and the parameters. For process 0."""
+        texts = {
+            "config.gin": self.description.operative,
+            f"{CONFIGS}/{self.description.digest}.gin": self.description.operative,
+            "model-info.txt": parameter_table(self.program.model.config, dict(self.mesh.shape), self.program.rules),
+        }
+        for name, text in texts.items():
+            path = model_dir.as_path(self.folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
 
 def _check_batch(prog: Program, rows: int, length: int, microbatches: int) -> None:

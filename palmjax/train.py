@@ -6,7 +6,7 @@ what a person changes (overrides.json), is written down first; then the run goes
 as it would after a kill, by the same lines of code.
 
 Events in metrics.jsonl, beside those of `palmjax.guard.watch`; `step` counts as the train lines do:
-    start       step, origin, mesh, code, config (digest of config.gin), rewinds, skips, overrides, changes
+    start       step, origin, mesh, code, config (digest: configs/<config>.gin), rewinds, skips, overrides, changes
     first step  step, seconds (of the phases before it)
     restart     step, attempt, exit_code: the launcher has started the job again after it ended with that code
     restore skipped  checkpoint (step), reason, path: a damaged one was passed over and set aside
@@ -44,7 +44,6 @@ from palmjax.data import feed  # noqa: E402
 from palmjax.data.order import Skips  # noqa: E402
 from palmjax.evaluation.heldout import HeldOut  # noqa: E402
 from palmjax.metrics import Recorder, read_metrics  # noqa: E402
-from palmjax.models.account import parameter_table  # noqa: E402
 from palmjax.run import NO_TEXT, Description, Profile, Run  # noqa: E402
 from palmjax.state import TrainState  # noqa: E402
 from palmjax.step import tensor_names  # noqa: E402
@@ -231,8 +230,7 @@ def attempt(job: Job) -> Ended:
             )
         )
         if is_primary:
-            run.write("config.gin", run.description.operative)
-            run.write("model-info.txt", parameter_table(prog.model.config, dict(run.mesh.shape), prog.rules))
+            run.write_texts()
         _announce(job, recorder, start, first, skips, overrides)
 
         # ---- The loop ----

@@ -187,7 +187,7 @@ class Watch:
         first, rows = self._high[0], self._position.rows(self._high[0], step)
         what = (
             f"the loss of {loss:.4g} at step {step} is {z:.3g} robust standard deviations above the median of "
-            f"{median:.4g}, the {rule.steps}th of steps so high in a row"
+            f"{median:.4g}, the last of {rule.steps} so high in a row"
         )
         fields = {"first_step": first, "rows": rows, "loss": loss, "median": median, "z": z}
         events: Events = [("spike", {"step": step, **fields, "why": f"{what} (rows {rows[0]}..{rows[1]})"})]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from palmjax import guard
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_sigterm_is_noticed_and_the_handler_put_back() -> None:
