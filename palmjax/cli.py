@@ -14,7 +14,7 @@ from palmjax.config import ConfigError
 VERBS = {
     "train": ("palmjax.train", "train a model from gin files; run again to resume"),
     "eval": ("palmjax.evaluation.heldout", "held-out loss, bits per byte and accuracy of a checkpoint"),
-    "generate": ("palmjax.decode", "continue a prompt with a checkpoint"),
+    "generate": ("palmjax.decode.main", "continue a prompt with a checkpoint"),
     "plan": (
         "palmjax.plan.main",
         "compile the train step for any pod: does it fit, how fast is it, which layout is best",
