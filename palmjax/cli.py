@@ -14,8 +14,8 @@ from palmjax.config import ConfigError
 VERBS = {
     "train": ("palmjax.train", "train a model from gin files; run again to resume"),
     "eval": ("palmjax.evaluation.heldout", "held-out loss, bits per byte and accuracy of a checkpoint"),
-    "generate": ("palmjax.decode", "continue a prompt with a checkpoint"),
     "replay": ("palmjax.replay", "compute one step of a run again, bit for bit, and show what it read"),
+    "generate": ("palmjax.decode.main", "continue a prompt with a checkpoint"),
     "plan": (
         "palmjax.plan.main",
         "compile the train step for any pod: does it fit, how fast is it, which layout is best",

@@ -147,7 +147,7 @@ class LanguageModel:
         # A position beyond the cache drops the write, so padding leaves no trace.
         positions = jnp.where(index < lengths[:, None], index, cache["key"].shape[2])
         prefix = lengths if as_prefix else None
-        hidden, cache = self._extend(params, tokens, positions, cache | {"length": lengths}, prefix)
+        hidden, cache = self.read(params, tokens, positions, cache | {"length": lengths}, prefix)
 
         def pick(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
             return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
@@ -159,14 +159,19 @@ class LanguageModel:
         """One token more in each row. tokens: int32 [B]. Returns float32 logits [B, V] of what follows, and the
         cache.
         """
-        hidden, cache = self._extend(
+        hidden, cache = self.read(
             params, tokens[:, None], cache["length"][:, None], cache | {"length": cache["length"] + 1}
         )
         return self.logits(params, hidden)[:, 0], cache
 
-    def _extend(
+    def read(
         self, params: Any, tokens: jax.Array, positions: jax.Array, cache: Cache, prefix: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
+        """Hidden states [B, T, D] of tokens [B, T] at `positions` [B, T], which are written into the cache there; each
+        sees what the cache holds up to its own position, and the row's first prefix[b] tokens (int32 [B]).
+
+        What lies behind a row's end is not seen before it is written again. "length" of the cache stays as it is.
+        """
         store = {"key": cache["key"], "value": cache["value"]}
         rows = Rows(positions=positions, prefix=prefix)
         out: Any = self._module.apply({"params": params}, tokens, rows, cache=store)

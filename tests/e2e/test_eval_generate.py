@@ -16,8 +16,8 @@ import pytest
 
 from palmjax import cli, configure, trained
 from palmjax.checkpoint import read_info
+from tests.decode.models import by_full_forward_passes
 from tests.e2e import jobs
-from tests.test_decode import by_full_forward_passes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -120,6 +120,22 @@ def test_draws_are_repeatable_and_prompts_come_from_files_too(undisturbed, tmp_p
     assert run("--seed", "3")[0] == text != run("--seed", "4")[0]
 
 
+def test_searches_and_stop_strings_are_flags(undisturbed, capfd):
+    flags = ["generate", "--json", "--checkpoint", str(undisturbed), "--max_new_tokens", "40", "--prompt", "the "]
+
+    def run(*more: str) -> dict[str, Any]:
+        assert cli.main([*flags, *more]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    greedy = run()
+    beams = run("--beams", "3", "--length_penalty", "0")
+    assert sum(beams["log_probs"]) >= sum(greedy["log_probs"])
+    assert run("--contrastive", "0.6", "--top_k", "3")["continuation"] != greedy["continuation"]
+    stop = greedy["continuation"][5:8]
+    cut = run("--stop", "never", "--stop", stop)
+    assert cut["finished"] and cut["continuation"] == greedy["continuation"].split(stop)[0]
+
+
 def test_a_prompt_longer_than_the_rows_of_training_is_kept_whole_and_noted(undisturbed, capfd):
     prompt = "the model reads a row of tokens and learns what follows from before the row ends"
     assert cli.main(["generate", "--checkpoint", str(undisturbed), "--prompt", prompt, "--max_new_tokens", "8"]) == 0
@@ -215,6 +231,11 @@ def test_eval_refuses_what_cannot_be_evaluated(undisturbed, refused, flags, word
         (["--prompt", "x", "--temperature", "-1"], ["temperature = -1"]),
         (["--prompt", "x", "--temperature", "1", "--top_p", "2"], ["top_p = 2"]),
         (["--prompt", "x", "--max_new_tokens", "0"], ["max_new_tokens = 0"]),
+        (["--prompt", "x", "--beams", "2", "--temperature", "1"], ["--temperature and --beams"]),
+        (["--prompt", "x", "--length_penalty", "2"], ["--length_penalty", "--beams 4"]),
+        (["--prompt", "x", "--contrastive", "1.5"], ["alpha = 1.5"]),
+        (["--prompt", "x", "--stop", ""], ["empty stop string"]),
+        (["--prompt", "x", "--min_new_tokens", "500"], ["min_new_tokens = 500"]),
         (["--prompt", "\udcff"], ["UTF-8"]),
         (["--prompt", "x", "--gin.MeshConfig.fsdp=3"], ["fsdp=3", "8", "--gin.MeshConfig.fsdp=1"]),
     ],

@@ -22,10 +22,10 @@ from palmjax.models.embeddings import Embedding, LearnedPositions, UntiedHead
 from palmjax.models.layers import MLP
 from palmjax.models.moe import Experts
 from palmjax.models.positions import ALiBi, RelativeBuckets, RoPE, alibi_slopes
+from tests.decode.models import by_full_forward_passes
 from tests.models import families_numpy as oracle
 from tests.models.builders import random_batch
 from tests.models.families import BERT, FAMILIES, attention, decoder, parameters
-from tests.test_decode import by_full_forward_passes
 
 
 def logits_of(config, params, batch):
