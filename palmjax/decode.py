@@ -137,7 +137,7 @@ def _decode(
     rules: the active ones, named so that a program is not used under others.
     """
     rows, length = prompts.shape
-    params = _in_compute_dtype(model, params)
+    params = model.in_compute_dtype(params)
     choose = functools.partial(_choose, sampling.build(), key, requests)
 
     def record(logits: jax.Array, cache: Cache, state: _State) -> _State:
@@ -186,18 +186,6 @@ def _choose(
 
     inputs = (("batch",), ("batch",), ("batch", None), (None,))
     return sharding.local(rows, inputs, ("batch",), positions, requests, logits, key)
-
-
-def _in_compute_dtype(model: LanguageModel, params: Any) -> Any:
-    """Matrices in the dtype in which every product takes them, once and not once a token. Norm scales stay float32, and
-    so do routers, whose products are.
-    """
-
-    def cast(leaf: jax.Array, axes: sharding.Axes) -> jax.Array:
-        is_matrix = sum(axis != "layers" for axis in axes) > 1 and "router" not in axes
-        return leaf.astype(model.config.dtype) if is_matrix else leaf
-
-    return jax.tree.map(cast, params, model.axes)
 
 
 def _grown(cache: Cache, length: int) -> Cache:

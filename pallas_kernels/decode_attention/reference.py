@@ -22,14 +22,19 @@ def decode_attention(
     alibi_slopes: jax.Array | None = None,
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
+    pages: jax.Array | None = None,
 ) -> jax.Array:
     """Arguments and result as in `api.decode_attention`."""
-    entries = jnp.arange(k.shape[2])
+    k, v = (x[layer] if pages is None else entries_of(x, layer, pages) for x in (k, v))
+    entries = jnp.arange(k.shape[1])
     added = added_to_scores(positions, entries, alibi_slopes, bias)
     seen = seen_entries(mask, positions, entries, prefix)
-    return reference.masked_softmax_attention(q, k[layer], v[layer], seen, scale=scale, soft_cap=soft_cap, bias=added)[
-        0
-    ]
+    return reference.masked_softmax_attention(q, k, v, seen, scale=scale, soft_cap=soft_cap, bias=added)[0]
+
+
+def entries_of(paged: jax.Array, layer: jax.Array | int, pages: jax.Array) -> jax.Array:
+    """The entries [B, n C, K, D] of `pages` [B, n] of one layer of a paged cache [L, P, C, K, D]."""
+    return paged[layer, pages].reshape(pages.shape[0], -1, *paged.shape[3:])
 
 
 def seen_entries(mask: Mask, positions: jax.Array, entries: jax.Array, prefix: jax.Array | None) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.masks import Mask
-from pallas_kernels.decode_attention.reference import added_to_scores, seen_entries
+from pallas_kernels.decode_attention.reference import added_to_scores, entries_of, seen_entries
 
 BLOCK = 256
 """Entries a block. Smaller ones cost more calls, larger ones are read where little is filled: of 128, 256, 512 and 1024
@@ -32,21 +32,32 @@ def decode_attention(
     alibi_slopes: jax.Array | None = None,
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
+    pages: jax.Array | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
     """Arguments and result as in `api.decode_attention`. Not differentiable: the number of blocks depends on the
-    data.
+    data. A block of a paged cache is whole pages: C divides `block`, or n C where that is less.
     """
     B, Q, H, D = q.shape
-    S, K = k.shape[2], k.shape[3]
+    K, page = k.shape[3], 1 if pages is None else k.shape[2]
+    S = k.shape[2] if pages is None else page * pages.shape[1]
     size = min(block, S)
+    if size % page:
+        raise ValueError(f"decode_attention: blocks of {size} entries are not whole pages of {page}")
+
+    def entries_from(cache: jax.Array, start: jax.Array) -> jax.Array:
+        """`size` entries [B, size, K, D] of each row."""
+        if pages is None:
+            return jax.lax.dynamic_slice(cache, (layer, 0, start, 0, 0), (1, B, size, K, D))[0]
+        return entries_of(cache, layer, jax.lax.dynamic_slice_in_dim(pages, start // page, size // page, axis=1))
+
     q_BKGQD = jnp.moveaxis(q.reshape(B, Q, K, H // K, D), 1, 3)
 
     def scores(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Masked scores of one block [B, K, G, Q, size], which of them count, and the block's values."""
         # The last block begins early enough to be whole; what the one before had is not counted again.
         start = jnp.minimum(index * size, S - size)
-        k_BSKD, v_BSKD = (jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, B, size, K, D))[0] for x in (k, v))
+        k_BSKD, v_BSKD = (entries_from(x, start) for x in (k, v))
         entries = start + jnp.arange(size)
         seen = seen_entries(mask, positions, entries, prefix) & (entries >= index * size)
         seen = seen[:, None, None]
