@@ -25,7 +25,7 @@ def decode_attention(
     pages: jax.Array | None = None,
 ) -> jax.Array:
     """Arguments and result as in `api.decode_attention`."""
-    k, v = (x[layer] if pages is None else entries_of(x, layer, pages) for x in (k, v))
+    k, v = (x[layer] if pages is None else jnp.moveaxis(entries_of(x, layer, pages), 1, 2) for x in (k, v))
     entries = jnp.arange(k.shape[1])
     added = added_to_scores(positions, entries, alibi_slopes, bias)
     seen = seen_entries(mask, positions, entries, prefix)
@@ -33,8 +33,11 @@ def decode_attention(
 
 
 def entries_of(paged: jax.Array, layer: jax.Array | int, pages: jax.Array) -> jax.Array:
-    """The entries [B, n C, K, D] of `pages` [B, n] of one layer of a paged cache [L, P, C, K, D]."""
-    return paged[layer, pages].reshape(pages.shape[0], -1, *paged.shape[3:])
+    """The entries [B, K, n C, D] of `pages` [B, n] of one layer of a paged cache [L, P, K, C, D]."""
+    L, P, K, C, D = paged.shape
+    # A page's heads are taken apart: what is gathered then lies as the products need it.
+    place = pages[:, None, :] * K + jnp.arange(K)[:, None]
+    return paged.reshape(L, P * K, C, D)[layer, place].reshape(len(pages), K, -1, D)
 
 
 def seen_entries(mask: Mask, positions: jax.Array, entries: jax.Array, prefix: jax.Array | None) -> jax.Array:

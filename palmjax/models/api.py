@@ -15,7 +15,7 @@ from flax.core import meta
 from palmjax import sharding
 from palmjax.config import ConfigError, PackingPart
 from palmjax.data.batch import Batch
-from palmjax.models.attention import CACHE, Rows
+from palmjax.models.attention import CACHE, PAGED_CACHE, Rows
 from palmjax.models.decoder import Decoder, DecoderModule
 from palmjax.models.embeddings import RESIDUAL
 from palmjax.models.layers import Report
@@ -177,8 +177,10 @@ class LanguageModel:
 
     def init_pages(self, pages: int, size: int) -> dict[str, jax.Array]:
         """An empty paged cache: `pages` pages of `size` tokens over all devices, each with its share."""
-        cache = self.init_cache(pages, size)
-        return {"key": cache["key"], "value": cache["value"]}
+        attention = self.config.attention
+        shape = (self.config.num_layers, pages, attention.num_kv_heads, size, attention.head_dim)
+        spec = sharding.out_spec(PAGED_CACHE, shape, "cache")
+        return {name: jnp.zeros(shape, self.config.dtype, out_sharding=spec) for name in ("key", "value")}
 
     def read_pages(
         self, params: Any, tokens: jax.Array, positions: jax.Array, pages: jax.Array, cache: dict[str, jax.Array]

@@ -20,6 +20,7 @@ from palmjax.sharding import Axes
 QUERIES: Axes = ("batch", "length", "heads", "head_dim")
 KEYS: Axes = ("batch", "length", "kv_heads", "head_dim")
 CACHE: Axes = ("layers", "batch", "length", "kv_heads", "head_dim")
+PAGED_CACHE: Axes = ("layers", "batch", "kv_heads", None, "head_dim")
 TOKENS: Axes = ("batch", "length")
 PAGES: Axes = ("batch", None)
 
@@ -108,7 +109,7 @@ class AttentionModule(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, rows: Rows, cache: dict[str, jax.Array] | None, layer: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """With a cache of {"key", "value"} [layers, B, S, K, N], or [layers, P, C, K, N] in pages, the new keys are
+        """With a cache of {"key", "value"} [layers, B, S, K, N], or [layers, P, K, C, N] in pages, the new keys are
         written at `rows.positions` of this `layer`, and queries see the cache; without one they see the row itself.
         """
         c, D = self.config, x_BTD.shape[-1]
@@ -188,7 +189,8 @@ class AttentionModule(nn.Module):
 
     def _over_cache(self, q: jax.Array, cache: dict[str, jax.Array], rows: Rows, layer: jax.Array) -> jax.Array:
         c, mask, scale, length = self.config, self._mask, self._scale, cache["key"].shape[2]
-        length *= 1 if rows.pages is None else rows.pages.shape[1]
+        if rows.pages is not None:
+            length = rows.pages.shape[1] * cache["key"].shape[3]
         operands = c.positions.operands(q, length, rows.shared, self.context)
 
         def op(
@@ -218,7 +220,8 @@ class AttentionModule(nn.Module):
             )
 
         # The caches of all layers, so that only what the op reads of this one is ever copied.
-        inputs = (QUERIES, CACHE, CACHE, TOKENS, (), ("batch",), PAGES, *[axes for _, axes in operands])
+        store = CACHE if rows.pages is None else PAGED_CACHE
+        inputs = (QUERIES, store, store, TOKENS, (), ("batch",), PAGES, *[axes for _, axes in operands])
         marks = (rows.positions, layer, rows.prefix, rows.pages)
         arrays = (q, cache["key"], cache["value"], *marks, *[a for a, _ in operands])
         return sharding.local(op, inputs, QUERIES, *arrays)
@@ -226,7 +229,7 @@ class AttentionModule(nn.Module):
 
 def _write(cache: jax.Array, new: jax.Array, rows: Rows, layer: jax.Array) -> jax.Array:
     """`cache` [layers, B, S, K, N] with `new` [B, T, K, N] at each row's positions [B, T] of one layer, in place
-    under jit; a paged one [layers, P, C, K, N] at those of the rows' pages.
+    under jit; a paged one [layers, P, K, C, N] at those of the rows' pages.
 
     Positions beyond the cache are dropped, which is how padding of a ragged prompt is kept out.
     """
@@ -236,12 +239,13 @@ def _write(cache: jax.Array, new: jax.Array, rows: Rows, layer: jax.Array) -> ja
     ) -> jax.Array:
         new = new.astype(cache.dtype)
         if pages is not None:
-            size = cache.shape[2]
+            size = cache.shape[3]
             number = jnp.take_along_axis(pages, positions[:, ::size] // size, axis=1)
             whole = new.reshape(*number.shape, size, *new.shape[2:])
-            return cache.at[layer, number].set(whole, mode="drop")
+            return cache.at[layer, number].set(jnp.swapaxes(whole, 2, 3), mode="drop")
         index = jnp.arange(new.shape[0])[:, None]
         return cache.at[layer, index, positions].set(new, mode="drop")
 
-    inputs = (CACHE, KEYS, TOKENS, (), PAGES)
-    return sharding.local(put, inputs, CACHE, cache, new, rows.positions, layer, rows.pages)
+    store = CACHE if rows.pages is None else PAGED_CACHE
+    inputs = (store, KEYS, TOKENS, (), PAGES)
+    return sharding.local(put, inputs, store, cache, new, rows.positions, layer, rows.pages)
