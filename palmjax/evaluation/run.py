@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
+import copy
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -20,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from palmjax import distributed, sharding
+from palmjax import distributed, provenance, sharding
 from palmjax.config import ConfigError, ShardingRules, require, section
-from palmjax.evaluation import schedule
+from palmjax.evaluation import schedule, weights
 from palmjax.evaluation.schedule import Request, Schedule, Shape, Step
+from palmjax.evaluation.store import Answer
 from palmjax.loss import token_losses
 from palmjax.models.api import LanguageModel
 from palmjax.models.embeddings import RESIDUAL
@@ -38,22 +41,8 @@ Progress = Callable[[int, int], None]
 """Told (requests answered, requests in all)."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model says of a request.
-
-    log_likelihood: log p(continuation | context), nats: float32 token log-probabilities, summed exactly. greedy:
-    whether each token of the continuation was the most probable one (the first such id, where several tie). tokens: of
-    the continuation.
-    """
-
-    log_likelihood: float
-    greedy: bool
-    tokens: int
-
-
 class Answers(Protocol):
-    """Where answers are kept (`store.Answers`)."""
+    """Where answers are kept, such as `store.Store`."""
 
     def get(self, request: Request) -> Answer | None: ...
     def put(self, request: Request, answer: Answer) -> None: ...
@@ -112,6 +101,32 @@ class Scorer:
         self.compiled: dict[Shape, Any] = {}
         """The program of each shape that was needed."""
 
+    def with_params(self, params: Any) -> Scorer:
+        """The same scorer of other parameters that lie alike: what was compiled is shared."""
+        other = copy.copy(self)
+        with self._active():
+            other._params = jax.jit(self._model.in_compute_dtype)(params)
+        return other
+
+    def identity(self, params: Any) -> str:
+        """A hash of all that decides an answer's bits but its tokens: weights, model, sizes, code, devices.
+
+        Of the mesh only what splits a product counts: on CPU more data-parallel devices change nothing (elsewhere see
+        `benchmarks/eval_invariance.py`). All processes of a job call it together.
+        """
+        split = {axis: size for axis, size in (self._mesh.shape.items() if self._mesh else ()) if size > 1}
+        device = jax.devices()[0] if self._mesh is None else self._mesh.devices.flat[0]
+        decides = {
+            "weights": weights.fingerprint(params),
+            "model": repr(self._model.config),
+            "sizes": [self.config.page, self._rows],
+            "split": {axis: size for axis, size in split.items() if axis not in self._rules.batch},
+            "device": device.device_kind,
+            "code": provenance.code_version()["source"],
+            "libraries": provenance.library_versions(),
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
     def score(
         self, requests: Sequence[Request], progress: Progress | None = None, *, kept: Answers | None = None
     ) -> list[Answer]:
@@ -164,7 +179,7 @@ class Scorer:
             complete[list(behind.done)] = True
             while told < len(requests) and complete[plan.order[told]]:
                 number = plan.order[told]
-                mine = slice(plan.results[number], plan.results[number + 1])
+                mine = slice(int(plan.results[number]), int(plan.results[number + 1]))
                 total = math.fsum(log_probs[mine].tolist())
                 told += 1
                 yield told, requests[number], Answer(total, bool(greedy[mine].all()), mine.stop - mine.start)
@@ -172,12 +187,15 @@ class Scorer:
 
     def _shape(self, longest: int) -> Shape:
         """Of the program for requests of at most `longest` tokens read."""
-        c = self.config
-        rows = c.rows or (16 if _platform(self._mesh) == "cpu" else 256)
+        c, rows = self.config, self._rows
         depth = BLOCK // c.page << max(0, math.ceil(math.log2(longest / BLOCK)))
         pool = min((rows + 1) * depth, max(c.cache_tokens // c.page, 2 * depth))
         tile = max(1, rows * c.page // 8)
         return Shape(shards=self._shards, rows=rows, page=c.page, depth=depth, pool=pool + 1, tile=tile)
+
+    @property
+    def _rows(self) -> int:
+        return self.config.rows or (16 if _platform(self._mesh) == "cpu" else 256)
 
     def _program(self, shape: Shape) -> tuple[Any, Any]:
         """The compiled step, and an empty cache."""
