@@ -146,6 +146,14 @@ def from_first(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
+def meet(where: str) -> None:
+    """Returns when all processes have called it with the same `where`."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(where)
+
+
 def everywhere(problem: str) -> str:
     """The problem of the first process that has one, on every process; "" if none has. All call it together.
 

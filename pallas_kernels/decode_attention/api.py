@@ -34,6 +34,7 @@ def decode_attention(
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    pages: jax.Array | None = None,
     impl: str = "auto",
 ) -> jax.Array:
     """New queries against the cached keys of one layer; entry j of a row's cache is its token at position j.
@@ -42,17 +43,23 @@ def decode_attention(
     entries beyond a row's own position are ignored, but for the first prefix[b] (int32 [B]), which all queries of a
     row see (a prefix-LM's prompt); positions: int32 [B, Q]; alibi_slopes, soft_cap: as in `attention`; bias:
     [B or 1, H or 1, Q or 1, S], added to the scores; scale: of the scores, 1/sqrt(D) by default.
+    pages: int32 [B, n], of a paged cache (Kwon et al. 2023): k, v are [L, P, K, C, D], P pages of C entries that rows
+    share, and entry j of row b is entry j mod C of page pages[b, j // C]; S is then n C.
     Returns [B, Q, H, D] in q's dtype; the softmax is float32. Raises ValueError for shapes that do not fit or an
     unknown `impl`.
     """
-    fits = k.shape == v.shape and k.ndim == 5 and q.shape[0] == k.shape[1] and q.shape[3] == k.shape[4]
-    if not fits or q.shape[2] % k.shape[3] or positions.shape != q.shape[:2]:
+    fits = k.shape == v.shape and k.ndim == 5 and q.shape[3] == k.shape[4]
+    fits = fits and q.shape[0] == (k.shape[1] if pages is None else pages.shape[0])
+    K = k.shape[3 if pages is None else 2] if fits else 1
+    if not fits or q.shape[2] % K or positions.shape != q.shape[:2]:
         raise ValueError(
-            f"decode_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}, positions {positions.shape}; "
-            "need [B,Q,H,D], [L,B,S,K,D] twice with K dividing H, [B,Q]"
+            f"decode_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}, positions {positions.shape}"
+            + ("" if pages is None else f", pages {pages.shape}")
+            + "; need [B,Q,H,D], [L,B,S,K,D] twice with K dividing H, [B,Q]; with pages [B,n], [L,P,K,C,D] twice"
         )
     B, Q, H, D = q.shape
-    _check_extras(B, Q, H, k.shape[2], prefix, alibi_slopes, soft_cap, bias)
+    entries = k.shape[2] if pages is None else k.shape[3] * pages.shape[1]
+    _check_extras(B, Q, H, entries, prefix, alibi_slopes, soft_cap, bias)
     return IMPLEMENTATIONS[explain(impl)](
         q,
         k,
@@ -65,6 +72,7 @@ def decode_attention(
         alibi_slopes=alibi_slopes,
         soft_cap=soft_cap,
         bias=bias,
+        pages=pages,
     )
 
 

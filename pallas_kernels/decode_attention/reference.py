@@ -22,14 +22,22 @@ def decode_attention(
     alibi_slopes: jax.Array | None = None,
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
+    pages: jax.Array | None = None,
 ) -> jax.Array:
     """Arguments and result as in `api.decode_attention`."""
-    entries = jnp.arange(k.shape[2])
+    k, v = (x[layer] if pages is None else jnp.moveaxis(entries_of(x, layer, pages), 1, 2) for x in (k, v))
+    entries = jnp.arange(k.shape[1])
     added = added_to_scores(positions, entries, alibi_slopes, bias)
     seen = seen_entries(mask, positions, entries, prefix)
-    return reference.masked_softmax_attention(q, k[layer], v[layer], seen, scale=scale, soft_cap=soft_cap, bias=added)[
-        0
-    ]
+    return reference.masked_softmax_attention(q, k, v, seen, scale=scale, soft_cap=soft_cap, bias=added)[0]
+
+
+def entries_of(paged: jax.Array, layer: jax.Array | int, pages: jax.Array) -> jax.Array:
+    """The entries [B, K, n C, D] of `pages` [B, n] of one layer of a paged cache [L, P, K, C, D]."""
+    L, P, K, C, D = paged.shape
+    # A page's heads are taken apart: what is gathered then lies as the products need it.
+    place = pages[:, None, :] * K + jnp.arange(K)[:, None]
+    return paged.reshape(L, P * K, C, D)[layer, place].reshape(len(pages), K, -1, D)
 
 
 def seen_entries(mask: Mask, positions: jax.Array, entries: jax.Array, prefix: jax.Array | None) -> jax.Array:

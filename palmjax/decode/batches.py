@@ -224,7 +224,7 @@ def generate(
     with contextlib.nullcontext() if mesh is None else sharding.activate(mesh, rules):
         job = _Job(
             model=model,
-            params=programs.in_compute_dtype(model, params),
+            params=model.in_compute_dtype(params),
             search=search,
             key=np.asarray(jax.random.key_data(jax.random.key(seed))),
             stops=_Stops(stop, tuple(stop_strings), vocabulary, min_new_tokens),

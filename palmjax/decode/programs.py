@@ -102,17 +102,5 @@ def _read(
     return model.logits(params, last)[:, 0], cache | {"length": lengths}, store
 
 
-def in_compute_dtype(model: LanguageModel, params: Any) -> Any:
-    """Matrices in the dtype in which every product takes them, once and not once a token. Norm scales stay float32, and
-    so do routers, whose products are.
-    """
-
-    def cast(leaf: jax.Array, axes: sharding.Axes) -> jax.Array:
-        is_matrix = sum(axis != "layers" for axis in axes) > 1 and "router" not in axes
-        return leaf.astype(model.config.dtype) if is_matrix else leaf
-
-    return jax.tree.map(cast, params, model.axes)
-
-
 def _replicated(view: View) -> View:
     return View(*(sharding.constrain(x, (None,) * x.ndim) for x in view))

@@ -15,7 +15,7 @@ from flax.core import meta
 from palmjax import sharding
 from palmjax.config import ConfigError, PackingPart
 from palmjax.data.batch import Batch
-from palmjax.models.attention import CACHE, Rows
+from palmjax.models.attention import CACHE, PAGED_CACHE, Rows
 from palmjax.models.decoder import Decoder, DecoderModule
 from palmjax.models.embeddings import RESIDUAL
 from palmjax.models.layers import Report
@@ -101,6 +101,17 @@ class LanguageModel:
         ids = jnp.zeros((rows, 2), jnp.int32, out_sharding=sharding.out_spec(("batch", "length"), (rows, 2)))
         return meta.unbox(self._fresh(self._module, key, ids))
 
+    def in_compute_dtype(self, params: Any) -> Any:
+        """Matrices in the dtype in which every product takes them: once, where they are read many times. Norm scales
+        stay float32, and so do routers, whose products are.
+        """
+
+        def cast(leaf: jax.Array, axes: sharding.Axes) -> jax.Array:
+            is_matrix = sum(axis != STACKED for axis in axes) > 1 and "router" not in axes
+            return leaf.astype(self.config.dtype) if is_matrix else leaf
+
+        return jax.tree.map(cast, params, self.axes)
+
     def hidden(self, params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """Final hidden states [B, T, D] in the compute dtype. Dropout is applied only with a key."""
         return self.forward(params, batch, dropout_key)[0]
@@ -163,6 +174,27 @@ class LanguageModel:
             params, tokens[:, None], cache["length"][:, None], cache | {"length": cache["length"] + 1}
         )
         return self.logits(params, hidden)[:, 0], cache
+
+    def init_pages(self, pages: int, size: int) -> dict[str, jax.Array]:
+        """An empty paged cache: `pages` pages of `size` tokens over all devices, each with its share."""
+        attention = self.config.attention
+        shape = (self.config.num_layers, pages, attention.num_kv_heads, size, attention.head_dim)
+        spec = sharding.out_spec(PAGED_CACHE, shape, "cache")
+        return {name: jnp.zeros(shape, self.config.dtype, out_sharding=spec) for name in ("key", "value")}
+
+    def read_pages(
+        self, params: Any, tokens: jax.Array, positions: jax.Array, pages: jax.Array, cache: dict[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Reads one page more of each row into a paged cache (Kwon et al. 2023), in which rows may share pages.
+
+        tokens, positions: int32 [B, C], each row a whole page, padded behind its last token. pages: int32 [B, n], where
+        each row's pages lie among its device's own, the page read now included. A token's keys lie at its position
+        whatever is read beside it. Returns hidden states [B, C, D] in the compute dtype, and the cache.
+        """
+        rows = Rows(positions=positions, pages=pages)
+        out: Any = self._module.apply({"params": params}, tokens, rows, cache=cache)
+        hidden, cache, _ = out
+        return hidden, cache
 
     def read(
         self, params: Any, tokens: jax.Array, positions: jax.Array, cache: Cache, prefix: jax.Array | None = None

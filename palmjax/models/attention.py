@@ -20,7 +20,9 @@ from palmjax.sharding import Axes
 QUERIES: Axes = ("batch", "length", "heads", "head_dim")
 KEYS: Axes = ("batch", "length", "kv_heads", "head_dim")
 CACHE: Axes = ("layers", "batch", "length", "kv_heads", "head_dim")
+PAGED_CACHE: Axes = ("layers", "batch", "kv_heads", None, "head_dim")
 TOKENS: Axes = ("batch", "length")
+PAGES: Axes = ("batch", None)
 
 
 @jax.tree_util.register_dataclass
@@ -31,12 +33,15 @@ class Rows:
     positions: int32 [B, T]. segments: int32 [B, T], 0 on padding, or None for one segment a row. prefix: int32 [B, T],
     1 on tokens that all of their segment's tokens see (the inputs of a prefix language model), or None; against a cache
     int32 [B], how many of a row's first tokens those are. shared: the positions' parameter that all layers share.
+    pages: int32 [B, n], of a paged cache: where each row's entries lie (`decode_attention`), numbered on each device
+    from its own first page. T is then whole pages, and rows begin where a page does.
     """
 
     positions: jax.Array
     segments: jax.Array | None = None
     prefix: jax.Array | None = None
     shared: jax.Array | None = None
+    pages: jax.Array | None = None
 
 
 class AttentionPart(Part):
@@ -104,8 +109,8 @@ class AttentionModule(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, rows: Rows, cache: dict[str, jax.Array] | None, layer: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """With a cache of {"key", "value"} [layers, B, S, K, N], the new keys are written at `rows.positions` of this
-        `layer`, and queries see the cache; without one they see the row itself.
+        """With a cache of {"key", "value"} [layers, B, S, K, N], or [layers, P, K, C, N] in pages, the new keys are
+        written at `rows.positions` of this `layer`, and queries see the cache; without one they see the row itself.
         """
         c, D = self.config, x_BTD.shape[-1]
         H, K, N = c.num_heads, c.num_kv_heads, c.head_dim
@@ -124,8 +129,8 @@ class AttentionModule(nn.Module):
             out = self._over_rows(q, k, v, rows)
         else:
             cache = {
-                "key": _write(cache["key"], k, rows.positions, layer),
-                "value": _write(cache["value"], v, rows.positions, layer),
+                "key": _write(cache["key"], k, rows, layer),
+                "value": _write(cache["value"], v, rows, layer),
             }
             out = self._over_cache(q, cache, rows, layer)
         residual: Axes = ("batch", "length", "residual")
@@ -186,6 +191,8 @@ class AttentionModule(nn.Module):
 
     def _over_cache(self, q: jax.Array, cache: dict[str, jax.Array], rows: Rows, layer: jax.Array) -> jax.Array:
         c, mask, scale, length = self.config, self._mask, self._scale, cache["key"].shape[2]
+        if rows.pages is not None:
+            length = rows.pages.shape[1] * cache["key"].shape[3]
         operands = c.positions.operands(q, length, rows.shared, self.context)
 
         def op(
@@ -195,6 +202,7 @@ class AttentionModule(nn.Module):
             positions: jax.Array,
             layer: jax.Array,
             prefix: jax.Array | None,
+            pages: jax.Array | None,
             *given: Any,
         ) -> jax.Array:
             scores = c.positions.scores(q, positions, jnp.arange(length), scale, *given)
@@ -210,23 +218,36 @@ class AttentionModule(nn.Module):
                 soft_cap=c.soft_cap,
                 bias=scores.bias,
                 scale=scale,
+                pages=pages,
             )
 
         # The caches of all layers, so that only what the op reads of this one is ever copied.
-        inputs = (QUERIES, CACHE, CACHE, TOKENS, (), ("batch",), *[axes for _, axes in operands])
-        arrays = (q, cache["key"], cache["value"], rows.positions, layer, rows.prefix, *[a for a, _ in operands])
+        store = CACHE if rows.pages is None else PAGED_CACHE
+        inputs = (QUERIES, store, store, TOKENS, (), ("batch",), PAGES, *[axes for _, axes in operands])
+        marks = (rows.positions, layer, rows.prefix, rows.pages)
+        arrays = (q, cache["key"], cache["value"], *marks, *[a for a, _ in operands])
         return sharding.local(op, inputs, QUERIES, *arrays)
 
 
-def _write(cache: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array) -> jax.Array:
-    """`cache` [layers, B, S, K, N] with `new` [B, T, K, N] at each row's `positions` [B, T] of one layer, in place
-    under jit.
+def _write(cache: jax.Array, new: jax.Array, rows: Rows, layer: jax.Array) -> jax.Array:
+    """`cache` [layers, B, S, K, N] with `new` [B, T, K, N] at each row's positions [B, T] of one layer, in place
+    under jit; a paged one [layers, P, K, C, N] at those of the rows' pages.
 
     Positions beyond the cache are dropped, which is how padding of a ragged prompt is kept out.
     """
 
-    def put(cache: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array) -> jax.Array:
-        rows = jnp.arange(new.shape[0])[:, None]
-        return cache.at[layer, rows, positions].set(new.astype(cache.dtype), mode="drop")
+    def put(
+        cache: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array, pages: jax.Array | None
+    ) -> jax.Array:
+        new = new.astype(cache.dtype)
+        if pages is not None:
+            size = cache.shape[3]
+            number = jnp.take_along_axis(pages, positions[:, ::size] // size, axis=1)
+            whole = new.reshape(*number.shape, size, *new.shape[2:])
+            return cache.at[layer, number].set(jnp.swapaxes(whole, 2, 3), mode="drop")
+        index = jnp.arange(new.shape[0])[:, None]
+        return cache.at[layer, index, positions].set(new, mode="drop")
 
-    return sharding.local(put, (CACHE, KEYS, ("batch", "length"), ()), CACHE, cache, new, positions, layer)
+    store = CACHE if rows.pages is None else PAGED_CACHE
+    inputs = (store, KEYS, TOKENS, (), PAGES)
+    return sharding.local(put, inputs, store, cache, new, rows.positions, layer, rows.pages)

@@ -157,7 +157,7 @@ def test_padding_of_the_vocabulary_is_never_chosen():
 
 def test_bfloat16_casts_matrices_once_and_changes_no_token():
     model, params = built(dtype="bfloat16")
-    cast = programs.in_compute_dtype(model, params)
+    cast = model.in_compute_dtype(params)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype.name, cast)
     assert dtypes["token_embedder"]["embedding"] == dtypes["decoder"]["layers"]["mlp"]["wo"]["kernel"] == "bfloat16"
     assert dtypes["decoder"]["layers"]["pre_norm"]["scale"] == dtypes["decoder"]["decoder_norm"]["scale"] == "float32"

@@ -117,10 +117,8 @@ def test_the_router_learns_from_both_losses():
 
 
 def test_the_router_stays_float32_when_decoding_in_bfloat16():
-    from palmjax import decode
-
     model = dataclasses.replace(model_with(), dtype="bfloat16").build()
-    cast = decode._in_compute_dtype(model, parameters(model.config))
+    cast = model.in_compute_dtype(parameters(model.config))
     block = cast["decoder"]["layers"]["block_1"]["mlp"]
     assert block["router"].dtype == jnp.float32
     assert block["experts"]["wi"]["kernel"].dtype == jnp.bfloat16
