@@ -7,7 +7,6 @@ a document with only such texts is neither clean nor dirty.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
@@ -57,15 +56,11 @@ def texts(document: Document) -> Iterator[str]:
     yield from document.answers
 
 
-@dataclasses.dataclass(frozen=True)
-class Overlap:
-    """Of each document, in their order: True (dirty), False (clean) or None (its texts are too short to tell)."""
+def overlap(documents: Sequence[Document], store: TokenStore) -> list[bool | None]:
+    """Of each document, in their order: True (dirty), False (clean) or None (its texts are too short to tell).
 
-    dirty: Sequence[bool | None]
-
-
-def overlap(documents: Sequence[Document], store: TokenStore) -> Overlap:
-    """Looks for every document's n-grams in every document of the store, which is read once, from end to end."""
+    Every document of the store is read once, from end to end.
+    """
     numbers = _Numbers()
     wanted: dict[int, dict[int, list[tuple[tuple[int, ...], int]]]] = {}  # n -> hash -> (n-gram, document)
     tellable = [False] * len(documents)
@@ -89,7 +84,7 @@ def overlap(documents: Sequence[Document], store: TokenStore) -> Overlap:
                 gram = tuple(row[place : place + n].tolist())
                 for other, index in wanted[n][int(hashes[place])]:
                     dirty[index] |= other == gram
-    return Overlap([found if told else None for found, told in zip(dirty, tellable, strict=True)])
+    return [found if told else None for found, told in zip(dirty, tellable, strict=True)]
 
 
 def _store_texts(store: TokenStore) -> Iterator[str]:

@@ -31,7 +31,7 @@ class Backend(Protocol):
         ...
 
     def texts(self, prompts: Sequence[tuple[int, ...]], write: Write, keys: Sequence[int]) -> Sequence[Text]:
-        """What follows each prompt (ids with BOS), decoded as `write` says. keys: 32-bit, of each prompt's draws."""
+        """What follows each prompt (ids with BOS), decoded as `write` says. keys: 31-bit, of each prompt's draws."""
         ...
 
 
@@ -108,8 +108,8 @@ def _texts(asked: Sequence[Asked], backend: Backend) -> Mapping[tuple[Write, tup
 
 
 def draw_key(prompt: Sequence[int]) -> int:
-    """32 bits of a prompt's content, by which what is drawn for it is seeded."""
-    return int(digest(list(prompt))[:8], 16)
+    """31 bits of a prompt's content, by which what is drawn for it is seeded."""
+    return int(digest(list(prompt))[:8], 16) >> 1
 
 
 COUNTERS = (*COUNTED, "ties", "extraction_failures", "length_stops", "duplicates")

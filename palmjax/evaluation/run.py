@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -111,6 +112,13 @@ class Scorer:
             self._params = jax.jit(model.in_compute_dtype)(params)
         self.compiled: dict[Shape, Any] = {}
         """The program of each shape that was needed."""
+
+    def with_params(self, params: Any) -> Scorer:
+        """The same scorer of other parameters that lie alike: what was compiled is shared."""
+        other = copy.copy(self)
+        with self._active():
+            other._params = jax.jit(self._model.in_compute_dtype)(params)
+        return other
 
     def score(
         self, requests: Sequence[Request], progress: Progress | None = None, *, kept: Answers | None = None
