@@ -209,7 +209,9 @@ class Choices(FormPart):
         return math.fsum(math.fsum(d.scores) / len(d.scores) for d in documents) / len(documents)
 
     def restyled(self, style: Style) -> Choices:
-        return dataclasses.replace(self, context=style.restyle(self.context), option=style.restyle_option(self.option))
+        shown = "options" in template(self.context).names
+        option = style.restyle_option(self.option) if shown else self.option
+        return dataclasses.replace(self, context=style.restyle(self.context), option=option)
 
 
 @section
