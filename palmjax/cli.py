@@ -13,7 +13,7 @@ from palmjax.config import ConfigError
 
 VERBS = {
     "train": ("palmjax.train", "train a model from gin files; run again to resume"),
-    "eval": ("palmjax.evaluation.heldout", "held-out loss, bits per byte and accuracy of a checkpoint"),
+    "eval": ("palmjax.evaluation.main", "held-out loss of a checkpoint, or its scores on benchmarks; compare, verify"),
     "lm-eval": ("palmjax.interop.lm_eval", "EleutherAI's lm-eval tasks on a checkpoint"),
     "replay": ("palmjax.replay", "compute one step of a run again, bit for bit, and show what it read"),
     "generate": ("palmjax.decode.main", "continue a prompt with a checkpoint"),

@@ -112,6 +112,10 @@ class TaskPart(Part):
         return ("name" in fields and hasattr(other, "build")) or NotImplemented
 
 
+class SuitePart(Part):
+    """Tasks to evaluate a model on (`palmjax.evaluation.tasks.Suite`). `build()` reads their documents."""
+
+
 @section
 class MeshConfig:
     """Devices on each mesh axis; one axis may be -1, meaning all the rest. The product must be the device count.

@@ -16,29 +16,48 @@ import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from palmjax.config import ConfigError, Experiment, ModelPart
-from palmjax.configure.build import Config, Node, build, build_macro
+from palmjax.configure.build import Config, Node, build, build_macro, effective
 from palmjax.configure.flags import USAGE, Flags, parse_flags
 from palmjax.configure.names import Names
 from palmjax.configure.show import Operative, Tree, describe, flatten
 from palmjax.configure.text import Reader, as_gin
 
-__all__ = ["USAGE", "Flags", "Loaded", "as_gin", "describe", "load", "load_model", "main", "parse_flags"]
+__all__ = [
+    "USAGE",
+    "Flags",
+    "Loaded",
+    "as_gin",
+    "describe",
+    "load",
+    "load_model",
+    "load_section",
+    "load_with",
+    "main",
+    "parse_flags",
+]
+
+
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A checked configuration. `experiment` is the value that decides the run; the rest tells how it came about."""
+class Loaded(Generic[Section]):
+    """A checked configuration. `value` decides what happens; the rest tells how it came about."""
 
-    experiment: Experiment
+    value: Section
     root: Node
     config: Config
 
+    @property
+    def experiment(self: Loaded[Experiment]) -> Experiment:
+        return self.value
+
     @functools.cached_property
     def operative(self) -> str:
-        """Flat, sorted gin text without includes that gives an equal experiment when loaded alone."""
+        """Flat, sorted gin text without includes that gives an equal value when loaded alone."""
         return str(Operative(self.root, self.config))
 
     def tree(self) -> str:
@@ -47,12 +66,12 @@ class Loaded:
 
     def flat(self) -> dict[str, Any]:
         """Every leaf by its path in the tree, such as "train.steps"."""
-        return dict(flatten(self.experiment))
+        return dict(flatten(self.value))
 
 
 def load(
     files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = (), placeholders: bool = False
-) -> Loaded:
+) -> Loaded[Experiment]:
     """Reads gin files, then bindings (`"NAME=value"`), later ones over earlier ones, and builds the experiment.
 
     Files are looked for in the working directory, `search_paths` and the shipped configs. Raises ConfigError with the
@@ -63,24 +82,53 @@ def load(
     """
     if not files:
         raise ConfigError("no gin file: name one, such as gin/exp/palm_stdlib.gin")
-    reader = Reader(search_paths)
-    for name in files:
-        reader.file(name)
-    for binding in bindings:
-        reader.binding(binding)
-    config = Config(reader.source, Names(reader.source.imports), placeholders)
+    config = _read(files, bindings, search_paths, placeholders)
     root = build(config)
     return Loaded(root.instance, root, config)
 
 
-def load_model(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> ModelPart:
-    """The model alone: the macro MODEL of gin files such as `models/gpt2_small.gin`. Files and errors as in `load`."""
+def load_section(
+    cls: type[Section], files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()
+) -> Loaded[Section]:
+    """A tree of another root than Experiment: the section `cls` and what is below it. Otherwise as `load`."""
+    config = _read(files, bindings, search_paths)
+    root = build(config, cls)
+    return Loaded(root.instance, root, config)
+
+
+def load_with(
+    cls: type[Section],
+    section_files: Sequence[str],
+    files: Sequence[str],
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+) -> tuple[Loaded[Section], Loaded[Experiment]]:
+    """Two trees of files of their own, a section's and the experiment's, under one command line.
+
+    Each binding counts in the tree where it has an effect, or in both (a macro that both have), and is refused if it
+    has one in neither.
+    """
+    section = _read(section_files, bindings, search_paths)
+    experiment = _read(files, bindings, search_paths)
+    in_section, in_experiment = effective(section, cls), effective(experiment, Experiment)
+    found = build(section, cls, in_experiment), build(experiment, Experiment, in_section)
+    return Loaded(found[0].instance, found[0], section), Loaded(found[1].instance, found[1], experiment)
+
+
+def _read(
+    files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str], placeholders: bool = False
+) -> Config:
     reader = Reader(search_paths)
     for name in files:
         reader.file(name)
     for binding in bindings:
         reader.binding(binding)
-    return build_macro(Config(reader.source, Names(reader.source.imports)), "MODEL", ModelPart)
+    return Config(reader.source, Names(reader.source.imports), placeholders)
+
+
+def load_model(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> ModelPart:
+    """The model alone: the macro MODEL of gin files such as `models/gpt2_small.gin`. Files and errors as in `load`."""
+    return build_macro(_read(files, bindings, search_paths), "MODEL", ModelPart)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

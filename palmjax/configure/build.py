@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from palmjax.config import ConfigError, DatasetConfig, Experiment
@@ -111,8 +111,9 @@ def default_of(cls: type, name: str, base: Any = None) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def refuse_unused(config: Config, used: set[Statement]) -> None:
-    """Raises ConfigError for a macro or binding that changes nothing. used: those that do.
+def refuse_unused(config: Config, used: set[Statement], elsewhere: Collection[str] = ()) -> None:
+    """Raises ConfigError for a macro or binding that changes nothing. used: those that do. elsewhere: where statements
+    were written (`Statement.where`) that have their effect in another tree.
 
     Excused is what something later set aside: `Adafactor.x` in a base file whose `@Adafactor()` a later file replaces,
     or a binding for all scopes that later lines refine in each. Not excused is what was written after that, since its
@@ -125,10 +126,10 @@ def refuse_unused(config: Config, used: set[Statement]) -> None:
                 if statement.order < new.order:
                     set_aside.add(statement)
     for name, statement in config.macros.items():
-        if statement not in used | set_aside:
+        if statement not in used | set_aside and statement.where not in elsewhere:
             raise ConfigError(f"{statement.where}: {_why_macro_unused(config, name, used)}")
     for (scope, cls, name), statement in config.bindings.items():
-        if statement in used | set_aside:
+        if statement in used | set_aside or statement.where in elsewhere:
             continue
         refined = [other for other in used if _refines(other, scope, config.bindings, cls, name)]
         if not refined:
@@ -317,13 +318,21 @@ def _example(key: str, annotation: Any) -> str:
     return f" --gin.{key}={value}" if value else ""
 
 
-def build(config: Config) -> Node:
-    """The root node, complete and checked. Raises ConfigError on the first thing that is wrong."""
-    refuse_unused(config, set(config.reach_class(Experiment, (), "Experiment")))
+def build(config: Config, cls: type = Experiment, elsewhere: Collection[str] = ()) -> Node:
+    """The root node, a `cls`, complete and checked. Raises ConfigError on the first thing that is wrong.
+
+    elsewhere: as in `refuse_unused`.
+    """
+    refuse_unused(config, set(config.reach_class(cls, (), cls.__name__)), elsewhere)
     builder = Builder(config)
-    root = builder.node(Experiment, (), "Experiment")
+    root = builder.node(cls, (), cls.__name__)
     _refuse_missing(builder)
     return root
+
+
+def effective(config: Config, cls: type) -> set[str]:
+    """Where the statements were written that decide the tree of root `cls`."""
+    return {statement.where for statement in config.reach_class(cls, (), cls.__name__)}
 
 
 def build_macro(config: Config, name: str, annotation: type) -> Any:

@@ -92,7 +92,7 @@ class Tree:
     def __init__(self, root: Node, config: Config) -> None:
         self._config = config
         self._rows: list[tuple[str, str, str]] = []
-        self._add("Experiment", root, "", 0)
+        self._add(root.cls.__name__, root, "", 0)
 
     def _add(self, name: str, content: Any, origin: str, depth: int) -> None:
         indent = "  " * depth

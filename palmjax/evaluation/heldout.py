@@ -1,15 +1,10 @@
-"""Held-out loss, bits per byte and token accuracy of a language model. `palmjax eval --checkpoint DIR`."""
+"""Held-out loss, bits per byte and token accuracy of a language model."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
-import json
 import math
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,12 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from palmjax import sharding
-from palmjax.config import ConfigError, DatasetConfig, Experiment, ShardingRules
+from palmjax.config import ConfigError, Experiment, ShardingRules
 from palmjax.data import feed
 from palmjax.data.batch import Batch, abstract_batch
 from palmjax.loss import token_losses
 from palmjax.models.api import LanguageModel
-from palmjax.progress import Progress
 
 SUMS = ("nats", "log_z_squared", "tokens", "correct", "bytes")
 
@@ -146,107 +140,3 @@ def _row_sums(model: LanguageModel, params: Any, table: jax.Array, batch: Batch)
     text = sharding.local(bytes_of, (("batch", "length"), (None,)), ("batch", "length"), targets, table)
     by_token = (nats * weights, jnp.square(log_z) * weights, weights, correct * weights, text * (weights > 0))
     return sharding.constrain(jnp.stack([jnp.sum(x, axis=1) for x in by_token]), (None, None))
-
-
-# --- the verb ------------------------------------------------------------------------------------------------------
-
-
-def _report(record: dict[str, Any]) -> str:
-    """The numbers for people."""
-    lines = [
-        f"{record['checkpoint']} (step {record['step']:,}) on {record['task']} ({record['split']})",
-        f"  held-out loss   {record['loss']:.5f} nats a token",
-        f"  bits per byte   {record['bits_per_byte']:.5f}" if "bits_per_byte" in record else "",
-        f"  token accuracy  {100 * record['accuracy']:.3f} %",
-        f"  tokens          {record['tokens']:,.0f}",
-        f"  bytes           {record['bytes']:,.0f}",
-        f"  seconds         {record['seconds']:.1f}",
-    ]
-    return "\n".join(line for line in lines if line)
-
-
-def _flags() -> argparse.ArgumentParser:
-    from palmjax import configure, distributed
-
-    parser = argparse.ArgumentParser(
-        prog="palmjax eval",
-        description="Held-out loss, bits per byte and token accuracy of a checkpoint, on any mesh. "
-        "The configuration is the checkpoint's own; gin files and bindings change it.",
-        epilog=configure.USAGE
-        + "\nexample: palmjax eval --checkpoint runs/first --gin.MeshConfig.fsdp=4 --gin.MeshConfig.data=1",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a checkpoint_N folder, or a MODEL_DIR: its newest"
-    )
-    parser.add_argument("--batch_size", type=int, metavar="N", help="rows a batch over all devices (EVAL_BATCH_SIZE)")
-    parser.add_argument("--max_batches", type=int, metavar="N", help="score the first N batches only")
-    parser.add_argument("--json", action="store_true", help="print the numbers as one line of JSON")
-    parser.add_argument("--output", metavar="FILE", help="append the line of JSON to FILE too")
-    distributed.add_flags(parser)
-    return parser
-
-
-def _dataset_config(experiment: Experiment, batch_size: int | None) -> DatasetConfig:
-    config = experiment.train_eval_dataset
-    if config is None:
-        raise ConfigError(
-            "Experiment.train_eval_dataset is None: --gin.Experiment.train_eval_dataset=@train_eval/DatasetConfig()"
-        )
-    if batch_size is None:
-        return config
-    if batch_size < 1:
-        raise ConfigError(f"--batch_size={batch_size}: must be at least 1")
-    return dataclasses.replace(config, batch_size=batch_size)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`palmjax eval --checkpoint DIR [...]`: prints the numbers of one checkpoint."""
-    from palmjax import checkpoint, configure, distributed, model_dir, trained
-
-    flags, rest = configure.parse_flags(sys.argv[1:] if argv is None else argv)
-    options = _flags().parse_args(rest)
-    with distributed.session(options):
-        path = model_dir.resolve(options.checkpoint)
-        info = checkpoint.read_info(path)
-        with trained.config_file(path, info) as file:
-            experiment = configure.load([file, *flags.files], flags.bindings, flags.search_paths).experiment
-        trained.enable_compilation_cache(experiment.train.compilation_cache)
-        opened = trained.open_checkpoint(path, info, experiment)
-        dataset = feed.open_dataset(_dataset_config(experiment, options.batch_size))
-        checkpoint.check_vocabulary(path, info, dataset.vocabulary)
-        heldout = HeldOut(dataset, opened.model, opened.mesh, experiment.sharding)
-        params = opened.params()
-        began = time.perf_counter()
-        primary = jax.process_index() == 0
-        title = f"evaluating on {heldout.task} ({heldout.split})"
-        with Progress(title, unit="batches") if primary else contextlib.nullcontext() as progress:
-            result = heldout.run(params, options.max_batches, progress)
-        record = {
-            "checkpoint": path,
-            "step": info.step,
-            "task": heldout.task,
-            "split": heldout.split,
-            **result.metrics(),
-            "seconds": time.perf_counter() - began,
-        }
-        if primary:
-            _write(record, options.json, options.output)
-    return 0
-
-
-def _write(record: dict[str, Any], as_json: bool, output: str | None) -> None:
-    line = json.dumps(record)
-    print(line if as_json else _report(record), flush=True)
-    if output is not None:
-        try:
-            with open(output, "a") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise ConfigError(f"--output={output} can't be written: {error.strerror}") from error
-
-
-if __name__ == "__main__":
-    from palmjax.cli import run_main
-
-    raise SystemExit(run_main(main))

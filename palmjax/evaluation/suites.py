@@ -1,0 +1,181 @@
+"""A suite on checkpoints: prompts made once, then asked of one checkpoint after the other; results and their manifests.
+
+The verb, the training loop and continuous evaluation all go through `Session`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from palmjax import distributed, provenance
+from palmjax.config import ConfigError, Experiment
+from palmjax.data import feed
+from palmjax.data.store import TokenStore
+from palmjax.data.vocabulary import Vocabulary
+from palmjax.evaluation import contamination, evaluate, manifest, results
+from palmjax.evaluation.backend import ModelBackend
+from palmjax.evaluation.documents import digest
+from palmjax.evaluation.kept import Kept
+from palmjax.evaluation.prompts import Encoder
+from palmjax.evaluation.run import ScorerConfig
+from palmjax.evaluation.schedule import Request
+from palmjax.evaluation.tasks import Suite
+from palmjax.models.api import LanguageModel
+
+ANSWERS = "answers.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Which:
+    """Which parameters are evaluated: for the manifest. checkpoint: its path, or what else names them."""
+
+    checkpoint: str
+    step: int
+    weights: str
+
+
+class Session:
+    """A suite with its prompts made, on one model and mesh.
+
+    Raises ConfigError, naming file and line, for what is no document, and for rows longer than the model's positions.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        experiment: Experiment,
+        model: LanguageModel,
+        mesh: Mesh,
+        vocabulary: Vocabulary,
+        definition: str = "",
+    ):
+        """definition: the suite's gin text, for the manifest."""
+        self.suite, self.definition, self._experiment = suite, definition, experiment
+        self._model, self._mesh, self._vocabulary = model, mesh, vocabulary
+        limits = [suite.max_length or feed.row_length(experiment.train_dataset), model.config.max_length]
+        self.max_length = min(limit for limit in limits if limit is not None)
+        if suite.max_length is not None and suite.max_length > self.max_length:
+            raise ConfigError(f"Suite.max_length = {suite.max_length}: the model has {self.max_length} positions")
+        self.asked = evaluate.ask(suite.build(), Encoder(vocabulary, self.max_length), suite.formats)
+        distributed.agree("prompts", manifest.prompts_root(self.asked))
+        self._backend = ModelBackend(model, mesh, experiment.sharding, vocabulary, self.max_length, suite.seed)
+        self._contamination: results.Contamination | None = None
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """What decides the last bits of an answer beside weights and tokens."""
+        return {
+            "dtype": str(jnp.dtype(self._model.config.dtype)),
+            "parameters": "float32",
+            "scorer": dataclasses.asdict(ScorerConfig()),
+            "mesh": {axis: size for axis, size in self._mesh.shape.items()},
+            "device": self._mesh.devices.flat[0].device_kind,
+            "max_length": self.max_length,
+            "libraries": provenance.library_versions(),
+            "source": provenance.code_version()["source"],
+        }
+
+    def values(self, params: Any) -> list[evaluate.Outcome]:
+        """The outcomes of `params`, nothing kept. All processes of a job call it together."""
+        self._backend.use(params)
+        return evaluate.outcomes(self.asked, evaluate.answer(self.asked, self._backend))
+
+    def evaluate(self, params: Any, which: Which, folder: Path) -> dict[str, Any]:
+        """Asks everything, going on from what `folder` holds, and writes the result there; returns result.json.
+
+        All processes of a job call it together; the first one writes.
+        """
+        primary = jax.process_index() == 0
+        self._backend.title = f"step {which.step:,}"
+        with Kept(folder / ANSWERS, digest([which.weights, self.numerics]), primary) as kept:
+            self._backend.use(params, kept)
+            found = evaluate.outcomes(self.asked, evaluate.answer(self.asked, self._backend))
+        dirty = self.contamination()
+        if not primary:
+            return results.result_json(found, {}, dirty)
+        return results.write(folder, found, self.manifest(which, found), dirty)
+
+    def contamination(self) -> results.Contamination | None:
+        """Which documents the suite's token store holds; None without one. Looked for once."""
+        if self.suite.contamination is None or self._contamination is not None:
+            return self._contamination
+        store = TokenStore(self.suite.contamination)
+        tasks = {each.name: each.documents.documents for each in self.asked}
+        documents = [document for listed in tasks.values() for document in listed]
+        dirty = iter(contamination.overlap(documents, store))
+        self._contamination = {name: [next(dirty) for _ in listed] for name, listed in tasks.items()}
+        return self._contamination
+
+    def manifest(self, which: Which, found: Sequence[evaluate.Outcome]) -> dict[str, Any]:
+        """All that the result depended on. No times."""
+        requests = self.requests()
+        facts: dict[str, Any] = {
+            "checkpoint": {"path": which.checkpoint, "step": which.step, "weights": which.weights},
+            "requests": digest([[request.context, request.continuation] for request in requests]),
+            "numerics": self.numerics,
+            "seed": self.suite.seed,
+            "code": dict(provenance.code_version()),
+            "counters": {one.name: dict(one.counters) for one in found},
+            "suite": self.definition,
+            "model": _flat(self._experiment.model),
+        }
+        if self.suite.contamination is not None:
+            store = TokenStore(self.suite.contamination)
+            facts["contamination"] = {"store": store.path, "fingerprint": store.fingerprint, "tokens": store.num_tokens}
+        return manifest.describe(self.asked, self._vocabulary, **facts)
+
+    def requests(self) -> list[Request]:
+        """Every request once, in the order in which they are asked."""
+        encoded = (one for each in self.asked for prompt in each.prompts for one in prompt.encoded)
+        return list(dict.fromkeys(request for one in encoded for request in one.requests))
+
+    def answers(self, params: Any, requests: Sequence[Request]) -> list[Any]:
+        """Likelihoods of single requests, asked anew."""
+        self._backend.use(params)
+        return self._backend.likelihoods(requests)
+
+
+def _flat(section: Any) -> Mapping[str, str]:
+    """Every leaf of a configuration, as text."""
+    if not dataclasses.is_dataclass(section):
+        return {"": repr(section)}
+    return {field.name: repr(getattr(section, field.name)) for field in dataclasses.fields(section)}
+
+
+def weights_fingerprint(params: Any) -> str:
+    """A hash of every parameter's name, type, shape and bits: the same on every mesh, and read where it lies.
+
+    Of each array two sums modulo 2^32 over its words, each times an odd number that is a hash of its place: exact in
+    integers, so that no order of additions enters.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sums = jax.device_get(jax.jit(lambda tree: [_sums(leaf) for leaf in jax.tree.leaves(tree)])(params))
+    lines = [
+        f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {np.asarray(found).tolist()}"
+        for (path, leaf), found in zip(leaves, sums, strict=True)
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _sums(leaf: jax.Array) -> jax.Array:
+    """uint32 [2]."""
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, words).astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    totals = []
+    for salt in (0x9E3779B1, 0x85EBCA77):
+        mixed = (place ^ jnp.uint32(salt)) * jnp.uint32(0xC2B2AE3D)
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x27D4EB2F)
+        totals.append(jnp.sum(bits * ((mixed ^ (mixed >> 13)) | jnp.uint32(1)), dtype=jnp.uint32))
+    return jnp.stack(totals)
