@@ -115,11 +115,11 @@ def run_command(folder: Path, steps: int, *bindings: str, cache: Path) -> tuple[
 
 def host_share(pairs: int) -> None:
     """CPU time that the loop's thread and the feed take for a step, as a share of the step, in a real run."""
-    from palmjax import train
+    from palmjax import attempt, train
 
     marks: list[tuple[float, float]] = []
 
-    class Marking(train.Recorder):
+    class Marking(attempt.Recorder):
         """The run's own recorder, which also notes the wall and the loop's CPU clock at every step."""
 
         def record(self, *arguments: Any, **named: Any) -> dict[str, float] | None:
@@ -129,11 +129,11 @@ def host_share(pairs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = ["Experiment.train_eval_dataset=None", f"MODEL_DIR='{folder}'", f"TRAIN_STEPS={2 * pairs + 3}"]
         experiment = configure.load([JOB], given).experiment
-        train.Recorder, original = Marking, train.Recorder
+        attempt.Recorder, original = Marking, attempt.Recorder
         try:
             train.train(experiment)
         finally:
-            train.Recorder = original
+            attempt.Recorder = original
     # From step 3 on: the first ones compile, and write what only a start writes.
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks[2:])]
     wall, cpu = (statistics.median(column) for column in zip(*steps, strict=True))

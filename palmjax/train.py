@@ -12,7 +12,7 @@ Events in metrics.jsonl, beside those of `palmjax.guard.watch`; `step` counts as
     restore skipped  checkpoint (step), reason, path: a damaged one was passed over and set aside
     checkpoint  step, blocked, seconds, bytes, deleted: a save has become whole (`checkpoint.Saved`)
     rewind      number, step (decided at), to, skips, rows ([first, end) passed over), why
-    overrides   step, overrides, why: overrides.json has changed; a start follows
+    overrides   step, why: overrides.json has changed; a start follows, which says what it is now
     preempted   step
     stopped     step, why
     done        step
@@ -24,13 +24,9 @@ import argparse
 import contextlib
 import dataclasses
 import enum
-import json
-import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from palmjax.metrics.startup import StartupClock
 
@@ -38,15 +34,11 @@ _clock = StartupClock()
 
 import jax  # noqa: E402 - the clock starts before the slow imports
 
-from palmjax import checkpoint, distributed, guard, model_dir, provenance  # noqa: E402
+from palmjax import distributed, guard, model_dir  # noqa: E402
+from palmjax.attempt import Attempt, Job, begin  # noqa: E402
 from palmjax.config import ConfigError, Experiment  # noqa: E402
-from palmjax.data import feed  # noqa: E402
-from palmjax.data.order import Skips  # noqa: E402
-from palmjax.evaluation.heldout import HeldOut  # noqa: E402
-from palmjax.metrics import Recorder, read_metrics  # noqa: E402
+from palmjax.metrics import read_metrics  # noqa: E402
 from palmjax.run import NO_TEXT, Description, Profile, Run  # noqa: E402
-from palmjax.state import TrainState  # noqa: E402
-from palmjax.step import tensor_names  # noqa: E402
 from palmjax.trained import enable_compilation_cache  # noqa: E402
 
 
@@ -84,181 +76,21 @@ def train(experiment: Experiment, description: Description = NO_TEXT, clock: Sta
         )
         ended = Ended.AGAIN
         while ended is Ended.AGAIN:
-            ended = attempt(job)
+            with contextlib.ExitStack() as opened:
+                going = begin(job, opened)
+                ended = loop(job, going)
+                if ended is Ended.DONE:
+                    finish(job, going)
+                del going  # its state, before the next one is read
         return ended.value
-
-
-@dataclasses.dataclass(kw_only=True)
-class Job:
-    """What this process keeps from one attempt to the next. rewinds: all that were decided. launched: steps, ever."""
-
-    run: Run
-    heldout: HeldOut | None
-    pool: ThreadPoolExecutor
-    preemption: guard.Preemption
-    profile: Profile
-    clock: StartupClock
-    rewinds: tuple[guard.Rewind, ...]
-    launched: int = 0
-
-
-@dataclasses.dataclass(kw_only=True)
-class Attempt:
-    """A run on its way from one step on, until it ends, rewinds or follows other overrides."""
-
-    run: Run
-    heldout: HeldOut | None
-    state: TrainState
-    first: int
-    skips: Skips
-    rewinds: int
-    overrides: guard.Overrides
-    watch: guard.Watch
-    saver: checkpoint.Checkpointer
-    recorder: Recorder
-    batches: feed.Feed
-
-    def info(self, step: int, scores: Mapping[str, float]) -> provenance.RunInfo:
-        """What a checkpoint of `step` says of the run; the metrics of all steps before it are known.
-
-        scores: of the held-out evaluation at this step, if there was one.
-        """
-        run = self.run
-        return provenance.RunInfo(
-            seed=run.settings.seed,
-            data=provenance.DataPosition(
-                first_row=run.dataset.first_row(step, self.skips), skips=self.skips, fingerprint=run.dataset.fingerprint
-            ),
-            config=run.description.operative,
-            flat_config=run.description.flat,
-            vocabulary=run.dataset.vocabulary,
-            mesh=dict(run.mesh.shape),
-            code=provenance.code_version(),
-            libraries=provenance.library_versions(),
-            metrics=scores,
-            guard={"rewinds": self.rewinds, "overrides": self.overrides.to_json(), **self.watch.memory()},
-        )
-
-    def evaluate(self, step: int, max_batches: int | None) -> Mapping[str, float]:
-        """Scores the held-out split, if there is one, records it and returns the numbers by name."""
-        if self.heldout is None:
-            return {}
-        # Scores of a part and of the whole are not points of one curve.
-        part = self.run.settings.eval_steps is not None and max_batches is None
-        name = f"{self.heldout.task}_all" if part else self.heldout.task
-        with self.recorder.paused():
-            began = time.perf_counter()
-            result = self.heldout.run(self.state.params, max_batches)
-            self.recorder.evaluation(step, name, result.metrics(), seconds=time.perf_counter() - began)
-        return result.metrics()
-
-    def save(self, step: int, scores: Mapping[str, float]) -> float:
-        """Begins to save; returns the seconds that the loop stood still."""
-        began = time.perf_counter()
-        self.saver.save(step, self.state, self.info(step, scores))
-        return time.perf_counter() - began
-
-    def note(self, saved: checkpoint.Saved | None) -> None:
-        """Records a checkpoint that has become whole."""
-        if saved is not None:
-            self.recorder.event("checkpoint", **dataclasses.asdict(saved))
-
-    def overrides_changed(self, step: int) -> bool:
-        """Whether overrides.json says something new, as process 0 sees it. A mistake in it is told and changes nothing:
-        a typing error must not end a run that is well.
-        """
-        changed = False
-        if jax.process_index() == 0:
-            try:
-                new = guard.Overrides.read(self.run.folder)
-                new.check(step, self.overrides.to_json())
-                changed = new != self.overrides
-            except ConfigError as error:
-                self.recorder.message(f"not followed: {error}")
-        changed = distributed.from_first(changed)
-        if changed:
-            self.recorder.event("overrides", step=step, why=f"{guard.OVERRIDES} has changed")
-        return changed
-
-
-def attempt(job: Job) -> Ended:
-    """From the newest checkpoint in force to an end. All processes call it together."""
-    run, settings = job.run, job.run.settings
-    is_primary, clock = jax.process_index() == 0, job.clock
-    with contextlib.ExitStack() as stack:
-        # ---- What has been decided ----
-        overrides = guard.Overrides.read(run.folder)
-        if is_primary:
-            guard.remove_void(run.folder, model_dir.steps(run.folder), _rewinds_at(run.folder), job.rewinds)
-        # Also: nobody looks for the newest checkpoint before the void ones are gone.
-        distributed.agree("guard.json or overrides.json", f"{job.rewinds} {overrides}")
-        run.follow(overrides, model_dir.newest(run.folder) or 0, job.pool)
-        if job.heldout is not None and not job.launched:
-            job.pool.submit(job.heldout.compile, run.program.abstract_state.params)
-
-        # ---- State: own checkpoint, initial checkpoint, scratch ----
-        saver = stack.enter_context(checkpoint.Checkpointer(run.folder, run.experiment.checkpoint.save))
-        prog, initial = run.program, run.experiment.checkpoint.restore.path
-        start = checkpoint.start(run.folder, initial, prog.abstract_state, prog.initial_state, run.dataset.vocabulary)
-        first, info = int(start.state.step), start.info if start.resumed else None
-        memory = info.guard if info is not None else {}
-        overrides.check(first, memory.get("overrides", {}))
-        skips = run.skips(start, first, job.rewinds, overrides)
-        clock.mark("state")
-
-        # ---- What a run leaves behind ----
-        watch = guard.Watch(
-            run.experiment.guard,
-            position=guard.Position(order=run.dataset, skips=skips),
-            save_period=run.experiment.checkpoint.save.period,
-            tensors=tensor_names(prog.abstract_state.params),
-            rewinds=job.rewinds,
-            memory=memory,
-            loss_scale=None if run.experiment.loss_scale is None else run.experiment.loss_scale.build(),
-        )
-        recorder = stack.enter_context(
-            Recorder(
-                run.folder,
-                run.throughput(),
-                total_steps=settings.steps,
-                start_step=first,
-                log_period=settings.log_period,
-                tensorboard=settings.tensorboard,
-                rewinds=len(job.rewinds),
-                observer=watch.observe,
-                is_primary=is_primary,
-            )
-        )
-        if is_primary:
-            run.write_texts()
-        _announce(job, recorder, start, first, skips, overrides)
-
-        # ---- The loop ----
-        batches = feed.Feed(run.dataset, run.batch_sharding(), first, max(first, settings.steps), skips)
-        going = Attempt(
-            run=run,
-            heldout=job.heldout,
-            state=start.state,
-            first=first,
-            skips=skips,
-            rewinds=len(job.rewinds),
-            overrides=overrides,
-            watch=watch,
-            saver=saver,
-            recorder=recorder,
-            batches=stack.enter_context(batches),
-        )
-        del start  # its state is the loop's to donate
-        if first < settings.steps:
-            run.steps[run.dataset.batch_size(first)]
-        clock.mark("compile")
-        ended = loop(job, going)
-        return finish(job, going) if ended is Ended.DONE else ended
 
 
 def loop(job: Job, going: Attempt) -> Ended:
     """Launches the steps up to the last one, which DONE means is computed and saved."""
     run, recorder, saver, settings = job.run, going.recorder, going.saver, job.run.settings
+    if going.first < settings.steps:
+        run.steps[run.dataset.batch_size(going.first)]
+    job.clock.mark("compile")
     blocked = waited = 0.0
     for step in range(going.first, settings.steps):
         job.profile.before(step)
@@ -323,7 +155,7 @@ def decided(job: Job, going: Attempt) -> Ended:
     return Ended.AGAIN
 
 
-def finish(job: Job, going: Attempt) -> Ended:
+def finish(job: Job, going: Attempt) -> None:
     """The end: the whole held-out split, and a sample."""
     run, recorder, settings = job.run, going.recorder, job.run.settings
     going.note(going.saver.wait())
@@ -331,53 +163,6 @@ def finish(job: Job, going: Attempt) -> Ended:
     if settings.sample_prompt is not None:
         recorder.message(run.sample(going.state.params))
     recorder.event("done", step=settings.steps)
-    return Ended.DONE
-
-
-def _announce(
-    job: Job, recorder: Recorder, start: checkpoint.Start, first: int, skips: Skips, overrides: guard.Overrides
-) -> None:
-    """Says, on the console and in an event, where the run begins and what is in force."""
-    run = job.run
-    changes = _changes(start.info, run.description) if start.resumed else []
-    lines = [*run.describe(), *(f"changed since the checkpoint: {change}" for change in changes)]
-    for line in lines if not job.launched else ():  # said once
-        recorder.message(line)
-    recorder.message(f"from {start.origin}, step {first}")
-    if overrides.to_json():
-        recorder.message(f"overridden by hand: {json.dumps(overrides.to_json())}")
-    recorder.event(
-        "start",
-        step=first,
-        origin=start.origin,
-        mesh=dict(run.mesh.shape),
-        code=provenance.code_version(),
-        config=run.description.digest,
-        rewinds=len(job.rewinds),
-        skips=skips,
-        overrides=overrides.to_json(),
-        changes=changes,
-    )
-    for lost in start.skipped:
-        recorder.event("restore skipped", checkpoint=lost.step, reason=lost.reason, path=lost.path)
-        recorder.message(f"checkpoint_{lost.step} was passed over: {lost.reason}; it lies in {lost.path}")
-    restarts = os.environ.get("PALMJAX_RESTARTS")  # launch.local's
-    if restarts is not None and not job.launched:
-        code = int(os.environ.get("PALMJAX_LAST_EXIT", "0"))
-        recorder.event("restart", step=first, attempt=int(restarts), exit_code=code)
-
-
-def _rewinds_at(folder: str) -> Any:
-    """Of a checkpoint's step, how many rewinds were decided when it was saved."""
-
-    def known(step: int) -> int:
-        try:
-            info = checkpoint.read_info(model_dir.as_path(folder) / f"{model_dir.PREFIX}{step}")
-        except ConfigError:  # it can't be read, so no run can begin with it
-            return sys.maxsize
-        return info.guard.get("rewinds", 0)
-
-    return known
 
 
 def _is_done(folder: str, steps: int) -> bool:
@@ -388,13 +173,6 @@ def _is_done(folder: str, steps: int) -> bool:
         return any(row.get("event") == "done" and row.get("step") == steps for row in read_metrics(folder))
     except ConfigError:  # no metrics: the checkpoint was copied here
         return False
-
-
-def _changes(info: provenance.RunInfo | None, description: Description) -> list[str]:
-    """Values that differ between the checkpoint's configuration and this one."""
-    old, new = (info.flat_config if info else {}), description.flat
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in names]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

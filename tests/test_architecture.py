@@ -25,6 +25,7 @@ LEVELS = (
     {"decode", "tokenizer", "zoo"},
     {"evaluation", "plan"},
     {"run"},
+    {"attempt"},
     {"train", "replay"},
     {"interop"},
 )

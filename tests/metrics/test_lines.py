@@ -10,7 +10,7 @@ import pytest
 
 from palmjax.config import ConfigError
 from palmjax.metrics import read_metrics
-from palmjax.metrics.lines import JsonLines, drop_after, part_name
+from palmjax.metrics.lines import JsonLines, drop_after, in_force, part_name
 
 
 def lines(path: Path) -> list[dict]:
@@ -48,6 +48,33 @@ def test_a_file_with_nothing_to_drop_is_not_rewritten(tmp_path: Path) -> None:
     assert drop_after(str(path), 2) == 0
     assert path.stat().st_ino == inode and os.listdir(tmp_path) == ["metrics.jsonl"]
     assert drop_after(str(tmp_path / "none.jsonl"), 0) == 0
+
+
+REWOUND = [
+    {"kind": "event", "event": "start", "step": 0},
+    *({"kind": "train", "step": step, "loss": 1.0} for step in range(1, 9)),
+    {"kind": "event", "event": "rewind", "step": 7, "number": 1, "to": 4},
+    *({"kind": "train", "step": step, "loss": 0.5} for step in range(5, 10)),
+]
+
+
+def test_what_a_rewind_has_taken_back_stays_in_the_log_when_the_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in REWOUND))
+    assert drop_after(str(path), 6, rewinds=1) == 3
+    assert lines(path) == REWOUND[:12]
+    assert drop_after(str(path), 4, rewinds=1) == 2
+    assert lines(path) == REWOUND[:10], "and before the rewind was decided, its lines are a killed run's:"
+    assert drop_after(str(path), 4) == 5
+    assert lines(path) == REWOUND[:5]
+
+
+def test_in_force_is_what_no_rewind_has_taken_back() -> None:
+    evaluation = {"kind": "eval", "step": 8, "loss": 2.0}
+    kept = in_force([*REWOUND[:9], evaluation, *REWOUND[9:]])
+    assert [r["step"] for r in kept if r["kind"] == "train"] == list(range(1, 10))
+    assert [r["loss"] for r in kept if r["kind"] == "train"] == [1.0] * 4 + [0.5] * 5
+    assert evaluation not in kept and REWOUND[9] in kept and in_force(REWOUND[:9]) == REWOUND[:9]
 
 
 def test_a_failed_rewrite_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,3 +238,24 @@ def test_a_pipe_loads_neither_rich_nor_tensorboardx(tmp_path: Path) -> None:
         "assert not {'rich', 'tensorboardX'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+def test_an_observer_sees_every_step_once_and_its_events_follow_the_line(tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def observer(step: int, values: Any) -> list[tuple[str, dict[str, Any]]]:
+        seen.append((step, values["loss"]))
+        return [("odd", {"step": step, "why": "it is the third"})] if step == 3 else []
+
+    recorder, stream = make(tmp_path, observer=observer)
+    silent, _ = make(tmp_path / "other", observer=observer, is_primary=False)
+    for one in (recorder, silent):
+        with one:
+            for step in range(1, 5):
+                one.record(step, device_metrics(step), tokens=1)
+            with one.paused():
+                pass
+    assert seen == 2 * [(step, float(jnp.float32(1 / step))) for step in range(1, 5)]
+    kinds = [(line["kind"], line.get("event"), line.get("step")) for line in lines(tmp_path)]
+    assert kinds[2:5] == [("train", None, 3), ("event", "odd", 3), ("train", None, 4)]
+    assert "odd: it is the third" in stream.getvalue()

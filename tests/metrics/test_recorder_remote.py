@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from palmjax.metrics import Pace, Recorder, Throughput, read_metrics
+from palmjax.metrics import Pace, Recorder, Throughput, in_force, read_metrics
 
 THROUGHPUT = Throughput(model_flops=1e6, peak_flops=None, devices=1)
 PACE = Pace(lines=0.02, events=0.02, spacing=0.01, retry=0.02, longest_retry=0.05, close=20.0, lines_per_part=8)
@@ -143,3 +143,16 @@ def test_a_process_that_is_not_primary_asks_nothing_of_the_bucket(bucket: Any) -
         run(recorder, range(1, 4))
         recorder.event("start")
     assert bucket.requests == [] and bucket.objects == {}
+
+
+def test_what_a_rewind_has_taken_back_stays_in_the_bucket(bucket: Any) -> None:
+    """Step 12 of 12 is rewound to 6 and done again; a kill after that drops only what is done anew."""
+    for first, last, rewinds in ((0, 12, 0), (6, 10, 1), (8, 11, 1)):
+        recorder, _ = make(bucket, start_step=first, rewinds=rewinds)
+        with recorder:
+            run(recorder, range(first + 1, last + 1))
+            recorder.flush()
+            if last == 12:
+                recorder.event("rewind", step=12, number=1, to=6)
+    assert trained(bucket) == [*range(1, 13), 7, 8, 9, 10, 11]
+    assert [line["step"] for line in in_force(read_metrics(bucket.url)) if line["kind"] == "train"] == [*range(1, 12)]

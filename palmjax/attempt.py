@@ -1,0 +1,239 @@
+"""A run on its way: from its newest checkpoint in force on, until it ends, rewinds or follows other overrides."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+from palmjax import checkpoint, distributed, guard, model_dir, provenance
+from palmjax.config import ConfigError
+from palmjax.data import feed
+from palmjax.data.order import Skips
+from palmjax.evaluation.heldout import HeldOut
+from palmjax.metrics import Recorder, StartupClock
+from palmjax.run import Description, Profile, Run
+from palmjax.state import TrainState
+from palmjax.step import tensor_names
+
+
+@dataclasses.dataclass(kw_only=True)
+class Job:
+    """What this process keeps from one attempt to the next. rewinds: all that were decided. launched: steps, ever."""
+
+    run: Run
+    heldout: HeldOut | None
+    pool: ThreadPoolExecutor
+    preemption: guard.Preemption
+    profile: Profile
+    clock: StartupClock
+    rewinds: tuple[guard.Rewind, ...]
+    launched: int = 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Attempt:
+    """A run on its way from one step on, until it ends, rewinds or follows other overrides."""
+
+    run: Run
+    heldout: HeldOut | None
+    state: TrainState
+    first: int
+    skips: Skips
+    rewinds: int
+    overrides: guard.Overrides
+    watch: guard.Watch
+    saver: checkpoint.Checkpointer
+    recorder: Recorder
+    batches: feed.Feed
+
+    def info(self, step: int, scores: Mapping[str, float]) -> provenance.RunInfo:
+        """What a checkpoint of `step` says of the run; the metrics of all steps before it are known.
+
+        scores: of the held-out evaluation at this step, if there was one.
+        """
+        run = self.run
+        return provenance.RunInfo(
+            seed=run.settings.seed,
+            data=provenance.DataPosition(
+                first_row=run.dataset.first_row(step, self.skips), skips=self.skips, fingerprint=run.dataset.fingerprint
+            ),
+            config=run.description.operative,
+            flat_config=run.description.flat,
+            vocabulary=run.dataset.vocabulary,
+            mesh=dict(run.mesh.shape),
+            code=provenance.code_version(),
+            libraries=provenance.library_versions(),
+            metrics=scores,
+            guard={"rewinds": self.rewinds, "overrides": self.overrides.to_json(), **self.watch.memory()},
+        )
+
+    def evaluate(self, step: int, max_batches: int | None) -> Mapping[str, float]:
+        """Scores the held-out split, if there is one, records it and returns the numbers by name."""
+        if self.heldout is None:
+            return {}
+        # Scores of a part and of the whole are not points of one curve.
+        part = self.run.settings.eval_steps is not None and max_batches is None
+        name = f"{self.heldout.task}_all" if part else self.heldout.task
+        with self.recorder.paused():
+            began = time.perf_counter()
+            result = self.heldout.run(self.state.params, max_batches)
+            self.recorder.evaluation(step, name, result.metrics(), seconds=time.perf_counter() - began)
+        return result.metrics()
+
+    def save(self, step: int, scores: Mapping[str, float]) -> float:
+        """Begins to save; returns the seconds that the loop stood still."""
+        began = time.perf_counter()
+        self.saver.save(step, self.state, self.info(step, scores))
+        return time.perf_counter() - began
+
+    def note(self, saved: checkpoint.Saved | None) -> None:
+        """Records a checkpoint that has become whole."""
+        if saved is not None:
+            self.recorder.event("checkpoint", **dataclasses.asdict(saved))
+
+    def overrides_changed(self, step: int) -> bool:
+        """Whether overrides.json says something new, as process 0 sees it. A mistake in it is told and changes nothing:
+        a typing error must not end a run that is well.
+        """
+        changed = False
+        if jax.process_index() == 0:
+            try:
+                new = guard.Overrides.read(self.run.folder)
+                new.check(step, self.overrides.to_json())
+                changed = new != self.overrides
+            except ConfigError as error:
+                self.recorder.message(f"not followed: {error}")
+        changed = distributed.from_first(changed)
+        if changed:
+            self.recorder.event("overrides", step=step, why=f"{guard.OVERRIDES} has changed")
+        return changed
+
+
+def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
+    """From the newest checkpoint in force, the initial one or scratch; `stack` closes what it opens.
+
+    All processes call it together. Raises ConfigError if there is nothing that it can begin with.
+    """
+    run, settings, primary = job.run, job.run.settings, jax.process_index() == 0
+    # ---- What has been decided ----
+    overrides = guard.Overrides.read(run.folder)
+    if primary:
+        guard.remove_void(run.folder, model_dir.steps(run.folder), _rewinds_at(run.folder), job.rewinds)
+    # Also: nobody looks for the newest checkpoint before the void ones are gone.
+    distributed.agree("guard.json or overrides.json", f"{job.rewinds} {overrides}")
+    run.follow(overrides, model_dir.newest(run.folder) or 0, job.pool)
+    if job.heldout is not None and not job.launched:
+        job.pool.submit(job.heldout.compile, run.program.abstract_state.params)
+
+    # ---- State: own checkpoint, initial checkpoint, scratch ----
+    saver = stack.enter_context(checkpoint.Checkpointer(run.folder, run.experiment.checkpoint.save))
+    prog, initial = run.program, run.experiment.checkpoint.restore.path
+    start = checkpoint.start(run.folder, initial, prog.abstract_state, prog.initial_state, run.dataset.vocabulary)
+    first, info = int(start.state.step), start.info if start.resumed else None
+    memory = info.guard if info is not None else {}
+    overrides.check(first, memory.get("overrides", {}))
+    skips = run.skips(start, first, job.rewinds, overrides)
+    job.clock.mark("state")
+
+    # ---- What a run leaves behind ----
+    watch = guard.Watch(
+        run.experiment.guard,
+        position=guard.Position(order=run.dataset, skips=skips),
+        save_period=run.experiment.checkpoint.save.period,
+        tensors=tensor_names(prog.abstract_state.params),
+        rewinds=job.rewinds,
+        memory=memory,
+        loss_scale=None if run.experiment.loss_scale is None else run.experiment.loss_scale.build(),
+    )
+    recorder = stack.enter_context(
+        Recorder(
+            run.folder,
+            run.throughput(),
+            total_steps=settings.steps,
+            start_step=first,
+            log_period=settings.log_period,
+            tensorboard=settings.tensorboard,
+            rewinds=len(job.rewinds),
+            observer=watch.observe,
+            is_primary=primary,
+        )
+    )
+    if primary:
+        run.write_texts()
+    _announce(job, recorder, start, first, skips, overrides)
+
+    batches = feed.Feed(run.dataset, run.batch_sharding(), first, max(first, settings.steps), skips)
+    return Attempt(
+        run=run,
+        heldout=job.heldout,
+        state=start.state,
+        first=first,
+        skips=skips,
+        rewinds=len(job.rewinds),
+        overrides=overrides,
+        watch=watch,
+        saver=saver,
+        recorder=recorder,
+        batches=stack.enter_context(batches),
+    )
+
+
+def _announce(
+    job: Job, recorder: Recorder, start: checkpoint.Start, first: int, skips: Skips, overrides: guard.Overrides
+) -> None:
+    """Says, on the console and in an event, where the run begins and what is in force."""
+    run = job.run
+    changes = _changes(start.info, run.description) if start.resumed else []
+    lines = [*run.describe(), *(f"changed since the checkpoint: {change}" for change in changes)]
+    for line in lines if not job.launched else ():  # said once
+        recorder.message(line)
+    recorder.message(f"from {start.origin}, step {first}")
+    if overrides.to_json():
+        recorder.message(f"overridden by hand: {json.dumps(overrides.to_json())}")
+    recorder.event(
+        "start",
+        step=first,
+        origin=start.origin,
+        mesh=dict(run.mesh.shape),
+        code=provenance.code_version(),
+        config=run.description.digest,
+        rewinds=len(job.rewinds),
+        skips=skips,
+        overrides=overrides.to_json(),
+        changes=changes,
+    )
+    for lost in start.skipped:
+        recorder.event("restore skipped", checkpoint=lost.step, reason=lost.reason, path=lost.path)
+        recorder.message(f"checkpoint_{lost.step} was passed over: {lost.reason}; it lies in {lost.path}")
+    restarts = os.environ.get("PALMJAX_RESTARTS")  # launch.local's
+    if restarts is not None and not job.launched:
+        code = int(os.environ.get("PALMJAX_LAST_EXIT", "0"))
+        recorder.event("restart", step=first, attempt=int(restarts), exit_code=code)
+
+
+def _rewinds_at(folder: str) -> Callable[[int], int]:
+    """Of a checkpoint's step, how many rewinds were decided when it was saved."""
+
+    def known(step: int) -> int:
+        try:
+            info = checkpoint.read_info(model_dir.as_path(folder) / f"{model_dir.PREFIX}{step}")
+        except ConfigError:  # it can't be read, so no run can begin with it
+            return sys.maxsize
+        return info.guard.get("rewinds", 0)
+
+    return known
+
+
+def _changes(info: provenance.RunInfo | None, description: Description) -> list[str]:
+    """Values that differ between the checkpoint's configuration and this one."""
+    old, new = (info.flat_config if info else {}), description.flat
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in names]
