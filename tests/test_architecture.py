@@ -25,7 +25,7 @@ LEVELS = (
     {"decode", "tokenizer", "zoo"},
     {"evaluation", "plan"},
     {"run"},
-    {"train", "replay"},
+    {"train", "replay", "report"},
     {"interop"},
 )
 """A room imports rooms above it in this list only. At the top of the house, train composes evaluation and decode."""
