@@ -17,6 +17,7 @@ VERBS = {
     "lm-eval": ("palmjax.interop.lm_eval", "EleutherAI's lm-eval tasks on a checkpoint"),
     "replay": ("palmjax.replay", "compute one step of a run again, bit for bit, and show what it read"),
     "generate": ("palmjax.decode.main", "continue a prompt with a checkpoint"),
+    "report": ("palmjax.report.main", "one page about a run: curves, what went wrong, where the time went"),
     "plan": (
         "palmjax.plan.main",
         "compile the train step for any pod: does it fit, how fast is it, which layout is best",

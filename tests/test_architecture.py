@@ -26,7 +26,7 @@ LEVELS = (
     {"evaluation", "plan"},
     {"run"},
     {"attempt"},
-    {"train", "replay"},
+    {"train", "replay", "report"},
     {"interop"},
 )
 """A room imports rooms above it in this list only. At the top of the house, train composes evaluation and decode."""

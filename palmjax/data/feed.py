@@ -201,6 +201,13 @@ class Dataset:
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def shares(self) -> list[tuple[str, float, int]]:
+        """(task, share of the rows that are read, rows that it has) of each store."""
+        total, layouts = sum(self._order.weights), self._layouts
+        rows = zip(self._stores, self._order.weights, layouts, strict=True)
+        return [(store.task, weight / total, layout.num_rows) for store, weight, layout in rows]
+
     def describe(self) -> str:
         """A few lines for people: what is read, how much of it, and in which shares."""
         lines = [
@@ -209,10 +216,9 @@ class Dataset:
             f"from {self.tokens_total:,} tokens; vocabulary of {self.vocabulary.size:,}"
         ]
         if len(self._stores) > 1:
-            shares = np.asarray(self._order.weights) / sum(self._order.weights)
             lines += [
                 f"  {100 * share:6.2f} % {store.task}: {store.num_tokens:,} tokens in {store.num_documents:,} documents"
-                for store, share in zip(self._stores, shares, strict=True)
+                for store, (_, share, _) in zip(self._stores, self.shares, strict=True)
             ]
         return "\n".join(lines)
 

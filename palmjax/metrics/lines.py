@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,44 @@ def is_rewind(line: bytes, number: int) -> bool:
 # ----------------------------------------------------------------------------------------------- metrics.jsonl
 
 
+class Lost:
+    """What is dropped of a killed process, summed up: its steps are computed again, its evaluations too.
+
+    steps, seconds: of train lines; evaluations: seconds; startup: seconds before its first step began to be made ready.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.seconds, self.evaluations, self.startup = 0, 0.0, 0.0, 0.0
+
+    def add(self, line: bytes) -> None:
+        """Counts a line that is dropped; one that is torn tells nothing."""
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            record = json.loads(line)
+            match record.get("kind"), record.get("event"):
+                case "train", _:
+                    self.seconds += record.get("seconds", 0.0)
+                    self.steps += 1
+                case "eval", _:
+                    self.evaluations += record.get("seconds", 0.0)
+                case _, "first step":
+                    self.startup += sum(record["seconds"].get(phase, 0.0) for phase in ("imports", "data", "state"))
+
+    def event(self, step: int) -> dict[str, Any]:
+        """The line that tells of it, of a run that goes on from `step`. It has no "step", so that it is never lost."""
+        return {"kind": "event", "event": "lost", "time": time.time(), "after": step, **vars(self)}
+
+
 def drop_after(path: str, step: int, rewinds: int = 0) -> int:
     """Removes from a metrics.jsonl every line of a step after `step`, and lines that are torn; returns how many.
 
     A run that was killed has logged steps after its last checkpoint, and may have been killed inside a line. The file
-    is replaced as a whole, so a kill in here loses nothing; an untouched or missing file is left as it is.
+    is replaced as a whole, so a kill in here loses nothing; an untouched or missing file is left as it is. Where steps
+    are removed, an event "lost" says how many and how long they took (`Lost`).
     rewinds: how many the run has made; what was logged before the last of them is history and stays.
     """
     if not os.path.exists(path):
         return 0
-    partial, dropped, history = path + ".partial", 0, -1
+    partial, dropped, history, lost = path + ".partial", 0, -1, Lost()
     try:
         if rewinds:
             with open(path, "rb") as lines:
@@ -79,6 +108,9 @@ def drop_after(path: str, step: int, rewinds: int = 0) -> int:
                     kept.write(line)
                 else:
                     dropped += 1
+                    lost.add(line)
+            if lost.seconds:
+                kept.write(encode(lost.event(step)).encode())
             kept.flush()
             os.fsync(kept.fileno())
     except OSError:
