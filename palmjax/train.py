@@ -30,7 +30,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from palmjax.metrics.startup import StartupClock
 
@@ -43,11 +42,12 @@ from palmjax.config import ConfigError, Experiment  # noqa: E402
 from palmjax.data import feed  # noqa: E402
 from palmjax.data.order import Skips  # noqa: E402
 from palmjax.evaluation.heldout import HeldOut  # noqa: E402
-from palmjax.metrics import Recorder, read_metrics  # noqa: E402
+from palmjax.metrics import Recorder  # noqa: E402
 from palmjax.run import NO_TEXT, Description, Profile, Run  # noqa: E402
 from palmjax.state import TrainState  # noqa: E402
 from palmjax.step import tensor_names  # noqa: E402
 from palmjax.trained import enable_compilation_cache  # noqa: E402
+from palmjax.watchdog import Watchdog  # noqa: E402
 
 
 class Ended(enum.Enum):
@@ -70,7 +70,7 @@ def train(experiment: Experiment, description: Description = NO_TEXT, clock: Sta
         run = Run(experiment, description)
         heldout = run.open_heldout()
         clock.mark("data")
-        if _is_done(run.folder, run.settings.steps):
+        if run.is_done():
             print(f"{run.folder} has all of TRAIN_STEPS = {run.settings.steps}; raise it to go on", file=sys.stderr)
             return 0
         job = Job(
@@ -81,6 +81,7 @@ def train(experiment: Experiment, description: Description = NO_TEXT, clock: Sta
             profile=stack.enter_context(Profile(run.settings.profile_steps, run.folder)),
             clock=clock,
             rewinds=guard.read_rewinds(run.folder),
+            watchdog=stack.enter_context(Watchdog(run.settings.watchdog, run.folder)),
         )
         ended = Ended.AGAIN
         while ended is Ended.AGAIN:
@@ -99,6 +100,7 @@ class Job:
     profile: Profile
     clock: StartupClock
     rewinds: tuple[guard.Rewind, ...]
+    watchdog: Watchdog
     launched: int = 0
 
 
@@ -186,10 +188,12 @@ def attempt(job: Job) -> Ended:
     run, settings = job.run, job.run.settings
     is_primary, clock = jax.process_index() == 0, job.clock
     with contextlib.ExitStack() as stack:
+        starting = stack.enter_context(contextlib.ExitStack())
+        starting.enter_context(job.watchdog.phase("start"))
         # ---- What has been decided ----
         overrides = guard.Overrides.read(run.folder)
         if is_primary:
-            guard.remove_void(run.folder, model_dir.steps(run.folder), _rewinds_at(run.folder), job.rewinds)
+            guard.remove_void(run.folder, model_dir.steps(run.folder), run.rewinds_at, job.rewinds)
         # Also: nobody looks for the newest checkpoint before the void ones are gone.
         distributed.agree("guard.json or overrides.json", f"{job.rewinds} {overrides}")
         run.follow(overrides, model_dir.newest(run.folder) or 0, job.pool)
@@ -231,6 +235,7 @@ def attempt(job: Job) -> Ended:
         )
         if is_primary:
             run.write_texts()
+        job.watchdog.tell = recorder.event
         _announce(job, recorder, start, first, skips, overrides)
 
         # ---- The loop ----
@@ -252,7 +257,9 @@ def attempt(job: Job) -> Ended:
         if first < settings.steps:
             run.steps[run.dataset.batch_size(first)]
         clock.mark("compile")
+        starting.close()
         ended = loop(job, going)
+        stack.enter_context(job.watchdog.phase("end"))
         return finish(job, going) if ended is Ended.DONE else ended
 
 
@@ -262,11 +269,15 @@ def loop(job: Job, going: Attempt) -> Ended:
     blocked = waited = 0.0
     for step in range(going.first, settings.steps):
         job.profile.before(step)
-        batch = next(going.batches)
-        going.state, metrics = run.steps[run.dataset.batch_size(step)](going.state, batch)
+        batch, rows = next(going.batches), run.dataset.batch_size(step)
+        if not run.steps.has(rows):
+            with job.watchdog.phase("compilation"):
+                run.steps[rows]
+        going.state, metrics = run.steps[rows](going.state, batch)
         job.profile.after(step, metrics)
-        tokens, data_wait = run.dataset.batch_size(step) * run.length, going.batches.seconds_waited - waited
+        tokens, data_wait = rows * run.length, going.batches.seconds_waited - waited
         recorder.record(step + 1, metrics, tokens=tokens, data_wait=data_wait, checkpoint_block=blocked)
+        job.watchdog.step_ended(step)  # the one before: its metrics have come
         waited, blocked, done = going.batches.seconds_waited, 0.0, step + 1
         if not job.launched:
             jax.block_until_ready(metrics)
@@ -278,22 +289,26 @@ def loop(job: Job, going: Attempt) -> Ended:
         scores: Mapping[str, float] = {}
         # Before the save: a run that is killed in between evaluates again instead of never.
         if settings.eval_period and done % settings.eval_period == 0 and done < settings.steps:
-            scores = going.evaluate(done, settings.eval_steps)
+            with job.watchdog.phase("evaluation"):
+                scores = going.evaluate(done, settings.eval_steps)
         saving = saver.should_save(done) or done == settings.steps or asked
         if saving:
             recorder.flush()  # the line of this step is on disk before its checkpoint can be, and the guard has seen it
         if going.watch.verdict is not None:
             return decided(job, going)
         if saving:
-            blocked = going.save(done, scores)
+            with job.watchdog.phase("save"):
+                blocked = going.save(done, scores)
         going.note(saver.check())
         if asked:
-            going.note(saver.wait())
+            with job.watchdog.phase("save"):
+                going.note(saver.wait())
             recorder.event("preempted", step=done)
             recorder.message(f"asked to stop: checkpoint_{done} is saved; run the same command again to go on")
             return Ended.PREEMPTED
         if saving and done < settings.steps and going.overrides_changed(done):
-            going.note(saver.wait())
+            with job.watchdog.phase("save"):
+                going.note(saver.wait())
             return Ended.AGAIN
     return Ended.DONE
 
@@ -339,7 +354,7 @@ def _announce(
 ) -> None:
     """Says, on the console and in an event, where the run begins and what is in force."""
     run = job.run
-    changes = _changes(start.info, run.description) if start.resumed else []
+    changes = run.description.changes_since(start.info) if start.resumed else []
     lines = [*run.describe(), *(f"changed since the checkpoint: {change}" for change in changes)]
     for line in lines if not job.launched else ():  # said once
         recorder.message(line)
@@ -365,36 +380,6 @@ def _announce(
     if restarts is not None and not job.launched:
         code = int(os.environ.get("PALMJAX_LAST_EXIT", "0"))
         recorder.event("restart", step=first, attempt=int(restarts), exit_code=code)
-
-
-def _rewinds_at(folder: str) -> Any:
-    """Of a checkpoint's step, how many rewinds were decided when it was saved."""
-
-    def known(step: int) -> int:
-        try:
-            info = checkpoint.read_info(model_dir.as_path(folder) / f"{model_dir.PREFIX}{step}")
-        except ConfigError:  # it can't be read, so no run can begin with it
-            return sys.maxsize
-        return info.guard.get("rewinds", 0)
-
-    return known
-
-
-def _is_done(folder: str, steps: int) -> bool:
-    """Whether an earlier run has come to its very end: the last step, the evaluation and the sample behind it."""
-    if model_dir.newest(folder) != steps:
-        return False
-    try:
-        return any(row.get("event") == "done" and row.get("step") == steps for row in read_metrics(folder))
-    except ConfigError:  # no metrics: the checkpoint was copied here
-        return False
-
-
-def _changes(info: provenance.RunInfo | None, description: Description) -> list[str]:
-    """Values that differ between the checkpoint's configuration and this one."""
-    old, new = (info.flat_config if info else {}), description.flat
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in names]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
