@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -19,9 +18,10 @@ from palmjax.data import feed
 from palmjax.data.order import Skips
 from palmjax.evaluation.heldout import HeldOut
 from palmjax.metrics import Recorder, StartupClock
-from palmjax.run import Description, Profile, Run
+from palmjax.run import Profile, Run
 from palmjax.state import TrainState
 from palmjax.step import tensor_names
+from palmjax.watchdog import Watchdog
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,6 +35,7 @@ class Job:
     profile: Profile
     clock: StartupClock
     rewinds: tuple[guard.Rewind, ...]
+    watchdog: Watchdog
     launched: int = 0
 
 
@@ -126,7 +127,7 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
     # ---- What has been decided ----
     overrides = guard.Overrides.read(run.folder)
     if primary:
-        guard.remove_void(run.folder, model_dir.steps(run.folder), _rewinds_at(run.folder), job.rewinds)
+        guard.remove_void(run.folder, model_dir.steps(run.folder), run.rewinds_at, job.rewinds)
     # Also: nobody looks for the newest checkpoint before the void ones are gone.
     distributed.agree("guard.json or overrides.json", f"{job.rewinds} {overrides}")
     run.follow(overrides, model_dir.newest(run.folder) or 0, job.pool)
@@ -168,6 +169,7 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
     )
     if primary:
         run.write_texts()
+    job.watchdog.tell = recorder.event
     _announce(job, recorder, start, first, skips, overrides)
 
     batches = feed.Feed(run.dataset, run.batch_sharding(), first, max(first, settings.steps), skips)
@@ -191,7 +193,7 @@ def _announce(
 ) -> None:
     """Says, on the console and in an event, where the run begins and what is in force."""
     run = job.run
-    changes = _changes(start.info, run.description) if start.resumed else []
+    changes = run.description.changes_since(start.info) if start.resumed else []
     lines = [*run.describe(), *(f"changed since the checkpoint: {change}" for change in changes)]
     for line in lines if not job.launched else ():  # said once
         recorder.message(line)
@@ -217,23 +219,3 @@ def _announce(
     if restarts is not None and not job.launched:
         code = int(os.environ.get("PALMJAX_LAST_EXIT", "0"))
         recorder.event("restart", step=first, attempt=int(restarts), exit_code=code)
-
-
-def _rewinds_at(folder: str) -> Callable[[int], int]:
-    """Of a checkpoint's step, how many rewinds were decided when it was saved."""
-
-    def known(step: int) -> int:
-        try:
-            info = checkpoint.read_info(model_dir.as_path(folder) / f"{model_dir.PREFIX}{step}")
-        except ConfigError:  # it can't be read, so no run can begin with it
-            return sys.maxsize
-        return info.guard.get("rewinds", 0)
-
-    return known
-
-
-def _changes(info: provenance.RunInfo | None, description: Description) -> list[str]:
-    """Values that differ between the checkpoint's configuration and this one."""
-    old, new = (info.flat_config if info else {}), description.flat
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in names]

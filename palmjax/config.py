@@ -318,6 +318,24 @@ class GuardConfig:
 
 
 @section
+class WatchdogConfig:
+    """When a run that does not move is given up (`palmjax.watchdog`): exit code 70, and every thread's stack written.
+
+    No step has ended for `factor` times the median step, and `least_seconds`; or something else (the start with its
+    compilation, an evaluation, a save) has taken `other_seconds`.
+    """
+
+    factor: float = 20.0
+    least_seconds: float = 120.0
+    other_seconds: float = 3600.0
+
+    def __post_init__(self) -> None:
+        require(self.factor > 1, self, "factor", "more than 1")
+        require(self.least_seconds > 0, self, "least_seconds", "more than 0")
+        require(self.other_seconds > 0, self, "other_seconds", "more than 0")
+
+
+@section
 class TrainConfig:
     """The loop. Steps are absolute, as T5X's TRAIN_STEPS: they include those of the initial checkpoint.
 
@@ -327,6 +345,7 @@ class TrainConfig:
     profile_steps: (first, last) steps traced into MODEL_DIR/profile.
     sample_prompt: text continued after the last step; None for no sample. sample_tokens: how many tokens.
     compilation_cache: folder of compiled programs; None turns the cache off.
+    watchdog: None never gives up a run that does not move.
     """
 
     steps: int
@@ -340,6 +359,7 @@ class TrainConfig:
     sample_tokens: int = 128
     tensorboard: bool = True
     compilation_cache: str | None = "~/.cache/palmjax/compiled"
+    watchdog: WatchdogConfig | None = WatchdogConfig()
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, self, "steps", "1 or more")

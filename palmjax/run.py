@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 import jax
 
 from palmjax import chips, distributed, mesh, model_dir, provenance
-from palmjax.checkpoint import Start
+from palmjax.checkpoint import Start, read_info
 from palmjax.config import ConfigError, Experiment, section
 from palmjax.data import feed, index
 from palmjax.data.order import Skips
 from palmjax.evaluation.heldout import HeldOut
 from palmjax.guard import Overrides, Rewind
-from palmjax.metrics import Throughput
+from palmjax.metrics import Throughput, read_metrics
 from palmjax.models.account import account, parameter_table
 from palmjax.models.api import LanguageModel
 from palmjax.step import Program, Step, program
@@ -38,6 +39,12 @@ class Description:
     def digest(self) -> str:
         """Hexadecimal digest of the operative configuration."""
         return hashlib.sha256(self.operative.encode()).hexdigest()[:16]
+
+    def changes_since(self, info: provenance.RunInfo | None) -> list[str]:
+        """Values that differ between a checkpoint's configuration and this one."""
+        old, new = (info.flat_config if info else {}), self.flat
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        return [f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in names]
 
 
 NO_TEXT = Description()
@@ -61,6 +68,10 @@ class Steps:
         if rows not in self._compiled:
             self._compiled[rows] = self._pool.submit(lambda: self._program.lower(rows, self._length).compile())
         return self._compiled[rows]
+
+    def has(self, rows: int) -> bool:
+        """Whether the step for this batch size is ready."""
+        return rows in self._compiled and self._compiled[rows].done()
 
     def __getitem__(self, rows: int) -> Step:
         return self._ask(rows).result()
@@ -96,6 +107,24 @@ class Run:
         self.program.model.check_rows(self.length, experiment.train_dataset.packing)
         self.cost = account(self.program.model.config, self.length)
         self._rates: Any = None
+
+    def is_done(self) -> bool:
+        """Whether an earlier process has come to the very end: the last step, the evaluation and the sample behind."""
+        if model_dir.newest(self.folder) != self.settings.steps:
+            return False
+        try:
+            rows = read_metrics(self.folder)
+            return any(row.get("event") == "done" and row.get("step") == self.settings.steps for row in rows)
+        except ConfigError:  # no metrics: the checkpoint was copied here
+            return False
+
+    def rewinds_at(self, step: int) -> int:
+        """How many rewinds were decided when the checkpoint of `step` was saved."""
+        try:
+            info = read_info(model_dir.as_path(self.folder) / f"{model_dir.PREFIX}{step}")
+        except ConfigError:  # it can't be read, so no run can begin with it
+            return sys.maxsize
+        return info.guard.get("rewinds", 0)
 
     def open_heldout(self) -> HeldOut | None:
         """The held-out split; None if the experiment has none. Raises ConfigError if it can't be scored."""

@@ -36,10 +36,10 @@ import jax  # noqa: E402 - the clock starts before the slow imports
 
 from palmjax import distributed, guard, model_dir  # noqa: E402
 from palmjax.attempt import Attempt, Job, begin  # noqa: E402
-from palmjax.config import ConfigError, Experiment  # noqa: E402
-from palmjax.metrics import read_metrics  # noqa: E402
+from palmjax.config import Experiment  # noqa: E402
 from palmjax.run import NO_TEXT, Description, Profile, Run  # noqa: E402
 from palmjax.trained import enable_compilation_cache  # noqa: E402
+from palmjax.watchdog import Watchdog  # noqa: E402
 
 
 class Ended(enum.Enum):
@@ -62,7 +62,7 @@ def train(experiment: Experiment, description: Description = NO_TEXT, clock: Sta
         run = Run(experiment, description)
         heldout = run.open_heldout()
         clock.mark("data")
-        if _is_done(run.folder, run.settings.steps):
+        if run.is_done():
             print(f"{run.folder} has all of TRAIN_STEPS = {run.settings.steps}; raise it to go on", file=sys.stderr)
             return 0
         job = Job(
@@ -73,14 +73,20 @@ def train(experiment: Experiment, description: Description = NO_TEXT, clock: Sta
             profile=stack.enter_context(Profile(run.settings.profile_steps, run.folder)),
             clock=clock,
             rewinds=guard.read_rewinds(run.folder),
+            watchdog=stack.enter_context(Watchdog(run.settings.watchdog, run.folder)),
         )
         ended = Ended.AGAIN
         while ended is Ended.AGAIN:
             with contextlib.ExitStack() as opened:
-                going = begin(job, opened)
+                with job.watchdog.phase("start"):
+                    going = begin(job, opened)
+                    if going.first < run.settings.steps:
+                        run.steps[run.dataset.batch_size(going.first)]
+                clock.mark("compile")
                 ended = loop(job, going)
                 if ended is Ended.DONE:
-                    finish(job, going)
+                    with job.watchdog.phase("end"):
+                        finish(job, going)
                 del going  # its state, before the next one is read
         return ended.value
 
@@ -88,17 +94,18 @@ def train(experiment: Experiment, description: Description = NO_TEXT, clock: Sta
 def loop(job: Job, going: Attempt) -> Ended:
     """Launches the steps up to the last one, which DONE means is computed and saved."""
     run, recorder, saver, settings = job.run, going.recorder, going.saver, job.run.settings
-    if going.first < settings.steps:
-        run.steps[run.dataset.batch_size(going.first)]
-    job.clock.mark("compile")
     blocked = waited = 0.0
     for step in range(going.first, settings.steps):
         job.profile.before(step)
-        batch = next(going.batches)
-        going.state, metrics = run.steps[run.dataset.batch_size(step)](going.state, batch)
+        batch, rows = next(going.batches), run.dataset.batch_size(step)
+        if not run.steps.has(rows):
+            with job.watchdog.phase("compilation"):
+                run.steps[rows]
+        going.state, metrics = run.steps[rows](going.state, batch)
         job.profile.after(step, metrics)
-        tokens, data_wait = run.dataset.batch_size(step) * run.length, going.batches.seconds_waited - waited
+        tokens, data_wait = rows * run.length, going.batches.seconds_waited - waited
         recorder.record(step + 1, metrics, tokens=tokens, data_wait=data_wait, checkpoint_block=blocked)
+        job.watchdog.step_ended(step)  # the one before: its metrics have come
         waited, blocked, done = going.batches.seconds_waited, 0.0, step + 1
         if not job.launched:
             jax.block_until_ready(metrics)
@@ -110,22 +117,26 @@ def loop(job: Job, going: Attempt) -> Ended:
         scores: Mapping[str, float] = {}
         # Before the save: a run that is killed in between evaluates again instead of never.
         if settings.eval_period and done % settings.eval_period == 0 and done < settings.steps:
-            scores = going.evaluate(done, settings.eval_steps)
+            with job.watchdog.phase("evaluation"):
+                scores = going.evaluate(done, settings.eval_steps)
         saving = saver.should_save(done) or done == settings.steps or asked
         if saving:
             recorder.flush()  # the line of this step is on disk before its checkpoint can be, and the guard has seen it
         if going.watch.verdict is not None:
             return decided(job, going)
         if saving:
-            blocked = going.save(done, scores)
+            with job.watchdog.phase("save"):
+                blocked = going.save(done, scores)
         going.note(saver.check())
         if asked:
-            going.note(saver.wait())
+            with job.watchdog.phase("save"):
+                going.note(saver.wait())
             recorder.event("preempted", step=done)
             recorder.message(f"asked to stop: checkpoint_{done} is saved; run the same command again to go on")
             return Ended.PREEMPTED
         if saving and done < settings.steps and going.overrides_changed(done):
-            going.note(saver.wait())
+            with job.watchdog.phase("save"):
+                going.note(saver.wait())
             return Ended.AGAIN
     return Ended.DONE
 
@@ -163,16 +174,6 @@ def finish(job: Job, going: Attempt) -> None:
     if settings.sample_prompt is not None:
         recorder.message(run.sample(going.state.params))
     recorder.event("done", step=settings.steps)
-
-
-def _is_done(folder: str, steps: int) -> bool:
-    """Whether an earlier run has come to its very end: the last step, the evaluation and the sample behind it."""
-    if model_dir.newest(folder) != steps:
-        return False
-    try:
-        return any(row.get("event") == "done" and row.get("step") == steps for row in read_metrics(folder))
-    except ConfigError:  # no metrics: the checkpoint was copied here
-        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

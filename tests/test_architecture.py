@@ -20,7 +20,7 @@ LEVELS = (
     {"mesh", "sharding", "distributed", "model_dir", "pallas_kernels"},
     {"models", "data", "loss", "loss_scale", "optim", "sampling"},
     {"state", "metrics", "provenance"},
-    {"step", "checkpoint", "guard"},
+    {"step", "checkpoint", "guard", "watchdog"},
     {"trained"},
     {"decode", "tokenizer", "zoo"},
     {"evaluation", "plan"},

@@ -55,15 +55,12 @@ class Checkpointer:
     `checkpoint_N`. On an object store, where nothing can be renamed, `checksums.json` is the last file to appear.
     """
 
-    def __init__(self, model_dir: str, save: SaveCheckpointConfig, back: int = 0):
-        """Makes MODEL_DIR if needed and clears away what an earlier run left half written.
-
-        back: a checkpoint at least so many steps behind the newest is kept, for rewinds.
-        """
+    def __init__(self, model_dir: str, save: SaveCheckpointConfig):
+        """Makes MODEL_DIR if needed and clears away what an earlier run left half written."""
         ocp = _orbax()
         self._background = _BackgroundLog()
         logging.getLogger("absl").addFilter(self._background)
-        self._dir, self._save, self._back = as_path(model_dir), save, back
+        self._dir, self._save = as_path(model_dir), save
         self._is_local = isinstance(self._dir, Path)
         self._writing: _Writing | None = None
         self._untold: Saved | None = None
@@ -77,14 +74,13 @@ class Checkpointer:
             self._orbax = ocp.AsyncCheckpointer(handler)
 
     def _clear(self) -> None:
-        """Removes what was half written or half deleted, finishes a rewind, and sets aside what lost a part."""
+        """Removes what was half written or half deleted, and sets aside what lost a part."""
         if self._is_local:
             for leftover in self._dir.glob(f"{PREFIX}*"):
                 number, dot, suffix = leftover.name.removeprefix(PREFIX).partition(".")
                 if number.isdecimal() and dot and f".{suffix}".startswith((WRITTEN, keep.DELETING, ".orbax")):
                     shutil.rmtree(leftover, ignore_errors=True)
         set_broken_aside(self._dir)
-        keep.finish_discard(self._dir)
 
     def should_save(self, step: int) -> bool:
         """Whether the configured period falls on `step`."""
@@ -131,7 +127,7 @@ class Checkpointer:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        gone = keep.doomed(self._dir, self._save, self._back)
+        gone = keep.doomed(self._dir, self._save)
         keep.delete(self._dir, gone)
         writing.deleted = tuple(gone)
 
@@ -167,19 +163,6 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps that are whole on disk, rising."""
         return steps(self._dir)
-
-    def discard_after(self, step: int) -> list[int]:
-        """Deletes the checkpoints behind `step`, which a rewind undoes; durable from its first moment on.
-
-        All processes call it together, when no save is being written. Returns their steps.
-        """
-        assert self._writing is None, "wait for the save first"
-        later = [found for found in self.steps() if found > step]
-        distributed.meet("rewind: all know what goes")
-        if jax.process_index() == 0:
-            keep.discard_after(self._dir, step)
-        distributed.meet("rewind: it is gone")
-        return later
 
     def __enter__(self) -> Checkpointer:
         return self
