@@ -104,7 +104,7 @@ def test_a_ratio_of_sums_is_paired_by_its_residuals() -> None:
     assert found.difference.error < 1e-12
 
 
-# --- values ------------------------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------------------------------
 
 
 def test_ties_share_the_credit_and_are_counted() -> None:
