@@ -112,7 +112,7 @@ def tokenizer(tmp_path: Path, texts: Sequence[str], size: int, bos: bool) -> Hug
 
 
 def encode_pair(vocabulary: Vocabulary, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """lm-eval 0.4's rule for decoder-only models, written out: spaces move, the join is split where the context ends."""
+    """lm-eval 0.4's rule for decoder-only models, written out: spaces move, the join is split at the context end."""
     spaces = len(context) - len(context.rstrip())
     if spaces > 0:
         continuation, context = context[-spaces:] + continuation, context[:-spaces]
