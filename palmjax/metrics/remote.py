@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from palmjax.metrics.lines import PARTS, encode, files, is_rewind, part_name, survives
+from palmjax.metrics.lines import PARTS, Lost, encode, files, is_rewind, part_name, survives
 from palmjax.metrics.uploader import Pace, Uploader
 
 
@@ -70,7 +70,7 @@ class PartFiles:
     def _drop_after(self) -> Generator[None, None, int]:
         """Removes what an earlier, killed process wrote of steps after `start_step`; returns the last place taken.
 
-        What was logged before the last rewind is history and stays.
+        What was logged before the last rewind is history and stays. Each part that loses steps says so (`Lost`).
         """
         last, history = 0, (-1, -1)
         for number, path in files(self._model_dir) if self._rewinds else ():
@@ -80,16 +80,19 @@ class PartFiles:
             yield
         for number, path in files(self._model_dir):
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [
-                line
-                for place, line in enumerate(lines)
-                if (number, place) <= history or survives(line, self._start_step)
-            ]
+            kept, lost = [], Lost()
+            for place, line in enumerate(lines):
+                if (number, place) <= history or survives(line, self._start_step):
+                    kept.append(line)
+                else:
+                    lost.add(line)
+            if lost.seconds:
+                kept.append(encode(lost.event(self._start_step)).encode())
             if not kept:
                 path.unlink()
             else:
                 last = number
-                if len(kept) < len(lines):
+                if kept != lines:
                     path.write_bytes(b"".join(kept))
             yield
         return last

@@ -67,6 +67,8 @@ def test_a_resumed_run_has_one_line_a_step(bucket: Any, wait_until: Callable[[Ca
     with second:
         run(second, range(18, 25))
     assert trained(bucket) == list(range(1, 25))
+    lost = [line for line in read_metrics(bucket.url) if line.get("event") == "lost"]
+    assert sum(line["steps"] for line in lost) == 30 - 17 and all(line["seconds"] > 0 for line in lost)
     first._release()  # its thread, which a kill would have ended
 
 
