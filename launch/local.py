@@ -6,9 +6,9 @@ Each process has its own virtual CPU devices; collectives between processes go o
 prints is prefixed with its index. SIGTERM and SIGINT go to all. The exit code is that of the first process that failed.
 
 `--max_restarts N` starts the job again, up to N times, after every end but a good one, a mistake in the command or
-configuration (2), a stop by the guard (65) and one that was asked for here (SIGTERM, Ctrl-C): a preemption, a lost process, a hang, a
-crash. It goes on from its newest whole checkpoint. The processes find in PALMJAX_RESTARTS how often, and in
-PALMJAX_LAST_EXIT why, for the run's records.
+configuration (exit code 2), a stop by the run's own guard (65) and one that was asked for here (SIGTERM, Ctrl-C): a
+preemption, a lost process, a hang, a crash. It goes on from its newest whole checkpoint. The processes find in
+PALMJAX_RESTARTS how often, and in PALMJAX_LAST_EXIT why, for the run's records.
 """
 
 from __future__ import annotations
