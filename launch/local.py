@@ -6,9 +6,9 @@ Each process has its own virtual CPU devices; collectives between processes go o
 prints is prefixed with its index. SIGTERM and SIGINT go to all. The exit code is that of the first process that failed.
 
 `--max_restarts N` starts the job again, up to N times, after every end but a good one, a mistake in the command or
-configuration (exit code 2) and one that was asked for here (SIGTERM, Ctrl-C): a preemption, a lost process, a hang, a
-crash. It goes on from its newest whole checkpoint. The processes find in PALMJAX_RESTARTS how often, and in
-PALMJAX_LAST_EXIT why, for the run's records.
+configuration (exit code 2), a stop by the run's own guard (65) and one that was asked for here (SIGTERM, Ctrl-C): a
+preemption, a lost process, a hang, a crash. It goes on from its newest whole checkpoint. The processes find in
+PALMJAX_RESTARTS how often, and in PALMJAX_LAST_EXIT why, for the run's records.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ GRACE_SECONDS = 60
 """After one process has failed, the others have this long to leave by themselves."""
 KILL_SECONDS = 10
 """From SIGTERM to SIGKILL for those that did not."""
-FINAL = (0, 2)
-"""Exit codes behind which starting again makes no difference: done, and a mistake of the user's."""
+FINAL = (0, 2, 65)
+"""Exit codes behind which starting again makes no difference: done, a mistake of the user's, stopped by the guard."""
 RESTART_SECONDS = (1.0, 60.0)
 """The pause before a restart: the first, doubled while the job ends within a minute, and the longest."""
 

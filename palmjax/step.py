@@ -55,8 +55,12 @@ def build_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if dropout else None
         gradients, sums, divisor = _gradients(loss, state, batch, key, microbatches)
         gradients = jax.tree.map(lambda g: g / divisor, gradients)
-        # The run's own step drives the schedule: behind an initial checkpoint the moments are younger than the run.
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, step=state.step)
+
+        def update(gradients: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:
+            # The run's own step drives the schedule: behind an initial checkpoint the moments are younger than the run.
+            updates, opt_state = optimizer.update(gradients, opt_state, params, step=state.step)
+            return optax.apply_updates(params, updates), opt_state
+
         weight = jnp.maximum(sums["weight"], 1.0)
         metrics = {
             "loss": sums["loss"] / weight,
@@ -66,17 +70,26 @@ def build_step(
             "grad_norm": global_norm(gradients),
             "learning_rate": learning_rate(state.step),
         } | expert_metrics(sums)
-        done = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-        if skip_nonfinite or loss_scale is not None:
-            first = _first_nonfinite(sums["loss"], gradients)
-            metrics["nonfinite"] = first.astype(jnp.float32)
-            # Elementwise, so that XLA makes it part of the update: nothing is read or written that was not before.
-            done = jax.tree.map(lambda new, old: jnp.where(first == 0, new, old), done, state)
-            if loss_scale is not None and state.loss_scale is not None:
-                metrics["loss_scale"] = state.loss_scale.scale
-                # 1 is the loss itself, which no scale has touched.
-                done = done.replace(loss_scale=loss_scale.update(state.loss_scale, first > 1))
-        return done.replace(step=state.step + 1), metrics
+        if not skip_nonfinite and loss_scale is None:
+            params, opt_state = update(gradients, state.params, state.opt_state)
+            return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        first = _first_nonfinite(sums["loss"], gradients)
+        metrics["nonfinite"] = first.astype(jnp.float32)
+        # A branch, not a selection by element: that would keep the old moments beside the new ones, in copies.
+        params, opt_state = jax.lax.cond(
+            first == 0,
+            update,
+            lambda _, params, opt_state: (params, opt_state),
+            gradients,
+            state.params,
+            state.opt_state,
+        )
+        done = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        if loss_scale is not None and state.loss_scale is not None:
+            metrics["loss_scale"] = state.loss_scale.scale
+            # 1 is the loss itself, which no scale has touched.
+            done = done.replace(loss_scale=loss_scale.update(state.loss_scale, first > 1))
+        return done, metrics
 
     return step
 

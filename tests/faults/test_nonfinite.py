@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -68,6 +69,18 @@ def test_without_the_rule_the_parameters_are_lost():
     state, metrics = prog.lower(8, 24).compile()(prog.initial_state(), batch)
     assert "nonfinite" not in metrics
     assert np.isnan(np.asarray(state.params["decoder"]["decoder_norm"]["scale"])).any()
+
+
+def test_the_rule_keeps_no_copy_of_parameters_or_moments():
+    """Old and new side by side would take their memory, and a step's time to move it."""
+
+    def copies(rule: NonFiniteRule | None) -> int:
+        config = dataclasses.replace(experiment(), guard=GuardConfig(nonfinite=rule))
+        text = program(config, mesh.build(MeshConfig(), jax.devices()[:1])).lower(8, 24).compile().as_text()
+        return len(re.findall(r"= f32\[\d+,\d[^ ]* copy\(", text or ""))
+
+    without, with_it = copies(None), copies(NonFiniteRule())
+    assert without > 0 and with_it <= without
 
 
 @pytest.mark.e2e

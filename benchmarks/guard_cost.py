@@ -1,0 +1,141 @@
+"""What the guard costs: the same step with and without its rules, in turn, and the host's part. `python -m
+benchmarks.guard_cost`
+
+Prints, for the job of gin/exp/palm_nano_stdlib.gin (or another file) on random tokens:
+- seconds a step with the rule for what is not finite and without, in blocks that alternate, and the ratio; beside it
+  the ratio of two programs without it, which is what the machine's noise amounts to;
+- the compiler's own count of FLOPs and of bytes that the step moves, with and without: no noise;
+- microseconds of the host's rules for a step, every rule on, as a share of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from palmjax import configure, mesh
+from palmjax.config import Experiment, GuardConfig, NonFiniteRule, SpikeRule
+from palmjax.data import feed
+from palmjax.data.batch import Batch
+from palmjax.data.order import Skips, ramp_of
+from palmjax.guard import Position, Watch
+from palmjax.step import program, tensor_names
+
+JOB = "exp/palm_nano_stdlib.gin"
+
+
+class Side:
+    """One program, its state and a batch."""
+
+    def __init__(self, experiment: Experiment, rows: int, length: int):
+        prog = program(experiment, mesh.build(experiment.mesh))
+        self._state = prog.initial_state()
+        self._batch = jax.device_put(random_batch(experiment, rows, length), prog.batch_sharding(rows, length))
+        self.compiled: Any = prog.lower(rows, length).compile()
+        self.tensors = tensor_names(prog.abstract_state.params)
+
+    def seconds(self, steps: int) -> float:
+        """Of a step, in a block of `steps` that the host only launches."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            self._state, metrics = self.compiled(self._state, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return (time.perf_counter() - began) / steps
+
+    def count(self, name: str) -> float:
+        """FLOPs or bytes of a step by the compiler's analysis."""
+        return self.compiled.cost_analysis()[name]
+
+
+def random_batch(experiment: Experiment, rows: int, length: int) -> Batch:
+    """Tokens drawn anew: what they are makes no difference to the time."""
+    size = getattr(experiment.model, "vocab_size", 256)
+    tokens = np.random.default_rng(0).integers(3, size, (rows, length + 1), dtype=np.int32)
+    ones = np.ones((rows, length), np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
+
+
+def in_turn(calls: list[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """Each call's results, the calls made round by round in an order drawn anew."""
+    found: list[list[float]] = [[] for _ in calls]
+    order, drawn = list(range(len(calls))), random.Random(0)
+    for _ in range(rounds):
+        drawn.shuffle(order)
+        for i in order:
+            found[i].append(calls[i]())
+    return found
+
+
+class _Order:
+    """Where steps read, of one batch size."""
+
+    def __init__(self, rows: int):
+        self._ramp = ramp_of(rows)
+
+    def first_row(self, step: int, skips: Skips = ()) -> int:
+        return self._ramp.first_row(step, skips)
+
+    def batch_size(self, step: int) -> int:
+        return self._ramp.rows(step)
+
+
+def host_seconds(tensors: tuple[str, ...], steps: int = 2000) -> float:
+    """Of the watch for a step, with every rule on and its window full."""
+    rules = GuardConfig(nonfinite=NonFiniteRule(), spike=SpikeRule())
+    watch = Watch(rules, position=Position(order=_Order(8)), save_period=100, tensors=tensors)
+    noise = np.random.default_rng(0).normal(3, 0.05, steps + 200)
+    for step in range(1, 201):
+        watch.observe(step, {"loss": noise[step - 1], "nonfinite": 0.0})
+    began = time.perf_counter()
+    for step in range(201, steps + 201):
+        watch.observe(step, {"loss": noise[step - 1], "nonfinite": 0.0})
+    return (time.perf_counter() - began) / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--job", default=JOB, help="a run file")
+    parser.add_argument("--gin", action="append", default=[], metavar="KEY=VALUE", help="a binding; may be repeated")
+    parser.add_argument("--rows", type=int, help="rows a step (the job's)")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=4, help="steps of a block")
+    options = parser.parse_args()
+    experiment = configure.load([options.job], options.gin, placeholders=True).experiment
+    length = feed.row_length(experiment.train_dataset)
+    rows = options.rows or ramp_of(experiment.train_dataset.batch_size).rows(0)
+    without = dataclasses.replace(experiment, guard=GuardConfig(nonfinite=None))
+    guarded = dataclasses.replace(experiment, guard=GuardConfig(nonfinite=NonFiniteRule()))
+    sides = [Side(one, rows, length) for one in (without, guarded, without)]
+    for side in sides:
+        side.seconds(2)
+    plain, ours, again = in_turn([lambda side=side: side.seconds(options.steps) for side in sides], options.rounds)
+
+    def ratio(a: list[float], b: list[float]) -> str:
+        ratios = sorted(y / x for x, y in zip(a, b, strict=True))
+        spread = f"quartiles {ratios[len(ratios) // 4]:.4f} to {ratios[-1 - len(ratios) // 4]:.4f}"
+        medians = statistics.median(b) / statistics.median(a)
+        return f"{medians:.4f} of medians, {statistics.median(ratios):.4f} by pairs, {spread}"
+
+    step = statistics.median(plain)
+    print(f"{options.job}, {rows} rows of {length} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    print(f"step: {1e3 * step:.2f} ms without the guard, {1e3 * statistics.median(ours):.2f} ms with it")
+    print(f"ratio with / without: {ratio(plain, ours)}")
+    print(f"ratio without / without (noise): {ratio(plain, again)}")
+    for name in ("flops", "bytes accessed"):
+        a, b = sides[0].count(name), sides[1].count(name)
+        print(f"{name}: {a:,.0f} without, {b:,.0f} with: x{b / a:.5f}")
+    host = host_seconds(sides[1].tensors)
+    print(f"host: {1e6 * host:.0f} us a step, every rule on: {100 * host / step:.3f} % of the step", flush=True)
+
+
+if __name__ == "__main__":
+    main()
