@@ -12,8 +12,8 @@ import jax
 
 from palmjax import checkpoint, model_dir, trained
 from palmjax.config import Experiment
-from palmjax.evaluation import results
-from palmjax.evaluation.suites import Session, Which, weights_fingerprint
+from palmjax.evaluation import results, weights
+from palmjax.evaluation.suites import Session, Which
 from palmjax.evaluation.tasks import Suite
 from palmjax.provenance import RunInfo
 
@@ -50,7 +50,7 @@ class Opener:
         """Evaluates one checkpoint and writes its result in `folder`. All processes of a job call it together."""
         opened, session = self.open(path)
         params = opened.params()
-        which = Which(checkpoint=path, step=opened.info.step, weights=weights_fingerprint(params))
+        which = Which(checkpoint=path, step=opened.info.step, weights=weights.fingerprint(params))
         return session.evaluate(params, which, folder)
 
 
@@ -158,5 +158,5 @@ def _panel(axis: Any, name: str, points: Mapping[int, Mapping[str, Any]]) -> Non
     axis.set_title(name, fontsize=10)
     axis.set_ylabel(latest["metric"].replace("_", " ") + (" (%)" if scale == 100 else ""), fontsize=8)
     axis.set_xlabel("step", fontsize=8)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=8, labelbottom=True)
     axis.grid(alpha=0.3)
