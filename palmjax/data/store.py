@@ -340,6 +340,8 @@ class TokenStore:
             if part["documents"]:
                 future = self._array(index, "documents").read()
                 values = self._result(future, index, "documents", 0, part["documents"])
+                if values[-1] != part["tokens"] or values[0] < 0 or (np.diff(values) < 0).any():
+                    raise self._folder.damaged(f"{part['name']}/documents/c", "its documents do not cover the part")
                 ends.append(values + self._part_starts[index])
         return np.concatenate(ends) if ends else np.zeros(0, np.int64)
 
@@ -362,7 +364,11 @@ class TokenStore:
             "assume_metadata": True,  # the manifest knows it: thousands of small files need not be read at the start
             "recheck_cached_data": False,  # a finished store never changes
         }
-        return ts.open(spec, open=True, context=self._context).result()
+        try:
+            return ts.open(spec, open=True, context=self._context).result()
+        except (ValueError, OSError) as error:
+            reason = str(error).split("[", 1)[0].split(": ", 1)[-1].strip()
+            raise self._folder.damaged(f"{name}/{kind}/zarr.json", reason[:200]) from error
 
     def _result(self, future: ts.Future, part: int, kind: str, low: int, high: int) -> np.ndarray:
         shards = range(low // SHARD, (high - 1) // SHARD + 1)
