@@ -32,7 +32,7 @@ def carry_out(plan: Schedule) -> tuple[list[list[int]], list[int]]:
     A page is read by its tokens and those of its ancestors, taken from where they were written.
     """
     shape, results = plan.shape, dict[int, int]()
-    pool = {(shard, 0): None for shard in range(shape.shards)}
+    pool = dict[tuple[int, int], list[int]]()
     done = []
     for step in plan.steps():
         written, heard = {}, dict[int, int]()
