@@ -114,7 +114,7 @@ def test_the_same_bits_under_any_data_parallelism_and_nearly_under_tensor_parall
         identities.add(scorer.identity(params))
     assert len(identities) == 1
     scorer, params = on_mesh(config, (2, 1, 2))
-    near = 1e-5 if dtype == "float32" else 0.05
+    near = 1e-5 if dtype == "float32" else 0.1  # a sum split in two is rounded to bfloat16 twice
     for answer, wanted in zip(scorer.score(requests), want, strict=True):
         assert answer.log_likelihood == pytest.approx(wanted.log_likelihood, rel=near, abs=near)
     assert scorer.identity(params) not in identities

@@ -49,7 +49,8 @@ def theirs() -> Any:
 
 def ours(model: Any) -> tuple[Any, Any]:
     """PaLM as palmjax composes it, with Cohere's weights."""
-    attention = Attention(num_heads=H, num_kv_heads=1, head_dim=D // H, positions=InterleavedRoPE())
+    base = model.config.rope_parameters["rope_theta"]
+    attention = Attention(num_heads=H, num_kv_heads=1, head_dim=D // H, positions=InterleavedRoPE(base=base))
     block = ParallelBlock(attention=attention, mlp=SwiGLU(d_ff=F), norm=LayerNorm(epsilon=1e-5))
     config = Decoder(
         vocab_size=VOCAB,

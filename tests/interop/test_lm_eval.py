@@ -112,15 +112,27 @@ EDGES = {
     "a context that brings BOS": (f"{BEGIN} the model", " reads"),
     "a context longer than the window": ("the model reads a row of tokens " * 60, " and learns"),
     "both longer than the window": ("the model " * 70, " reads a row" * 20),
+    "longer than the window": ("the", " model reads" * 200),
     "an empty context and BOS": ("", f"{BEGIN} the"),
 }
 
 
 def test_boundaries_bos_and_truncation_are_those_of_lm_eval(pair: Pair) -> None:
-    requests = [Instance("loglikelihood", {}, edge, n) for n, edge in enumerate(EDGES.values())]
-    ours, theirs = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (pair.ours, pair.theirs))
-    for name, mine, other in zip(EDGES, ours, theirs, strict=True):
-        assert mine[0] == pytest.approx(other[0], abs=NEAR) and mine[1] == other[1], name
+    refused = set()
+    for name, edge in EDGES.items():
+        request = [Instance("loglikelihood", {}, edge, 0)]
+        try:
+            other = pair.theirs.loglikelihood(request, disable_tqdm=True)
+        except AssertionError:  # lm-eval has no score for it
+            refused.add(name)
+            with pytest.raises(ConfigError):
+                pair.ours.loglikelihood(request, disable_tqdm=True)
+        else:
+            assert_near(pair.ours.loglikelihood(request, disable_tqdm=True), other)
+    # GPT-2's tokenizer puts nothing before a text of spaces alone, which are scored with what follows.
+    assert refused == {"longer than the window", "half of a character's bytes"} | (
+        {"only a space"} if pair.kind == "gpt2" else set()
+    )
     for text in [*[a + b for a, b in EDGES.values()], BEGIN, "", "  two  spaces "]:
         assert pair.ours.tok_encode(text) == pair.theirs.tok_encode(text), text
         assert pair.ours.tok_encode(text, False) == pair.theirs.tok_encode(text, False), text
@@ -128,20 +140,11 @@ def test_boundaries_bos_and_truncation_are_those_of_lm_eval(pair: Pair) -> None:
 
 def test_what_lm_eval_has_no_score_for_is_named(pair: Pair) -> None:
     window = ("the", " model reads" * 200)
-    with pytest.raises(AssertionError):
-        pair.theirs.loglikelihood([Instance("loglikelihood", {}, window, 0)], disable_tqdm=True)
     with pytest.raises(ConfigError, match="longer than max_length = 128"):
         pair.ours.loglikelihood([Instance("loglikelihood", {}, window, 0)], disable_tqdm=True)
-    whole = "model"  # one token: what is left of it behind its first half is nothing
-    while len(pair.ours.tok_encode(whole, False)) == len(pair.ours.tok_encode(whole[:-1], False)):
-        whole = whole[:-1]
-    merged = ("model"[: len(whole) - 1], "model"[len(whole) - 1 :])
-    ids = [pair.ours.tok_encode(text, False) for text in (merged[0], "model")]
-    if len(ids[0]) >= len(ids[1]):
-        with pytest.raises(ConfigError, match="the tokenizer joins them in the context's last token"):
-            pair.ours.loglikelihood([Instance("loglikelihood", {}, merged, 0)], disable_tqdm=True)
-        with pytest.raises(AssertionError):
-            pair.theirs.loglikelihood([Instance("loglikelihood", {}, merged, 0)], disable_tqdm=True)
+    merged = ("größ", "er 日")
+    with pytest.raises(ConfigError, match="the tokenizer joins them in the context's last token"):
+        pair.ours.loglikelihood([Instance("loglikelihood", {}, merged, 0)], disable_tqdm=True)
 
 
 @pytest.mark.slow
