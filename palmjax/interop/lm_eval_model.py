@@ -153,8 +153,8 @@ class PalmJax(TemplateLM):
             )
         if not context:
             raise ConfigError(
-                f"the context of {texts[1][:40]!r} is spaces alone, which lm-eval scores with the continuation, and the "
-                "tokenizer puts no BOS before it; leave the context empty, or set --model_args add_bos_token=True"
+                f"the context of {texts[1][:40]!r} is spaces alone, which lm-eval scores with the continuation, and "
+                "the tokenizer puts no BOS before it; leave the context empty, or set --model_args add_bos_token=True"
             )
         over = max(0, len(context) + len(continuation) - 1 - self.max_length)
         self._cut += bool(over)
