@@ -34,6 +34,11 @@ from palmjax.models.embeddings import RESIDUAL
 BLOCK = 256
 """Tokens that a request's longest row is rounded up to a power of two times: attention goes over blocks of so many."""
 
+EXACTLY = {"xla_allow_excess_precision": False}
+"""XLA's options: values are rounded to bfloat16 where the program says so. By default that depends on what is fused,
+and so on the mesh.
+"""
+
 IN_FLIGHT = 2
 """Steps launched before the first one's numbers are fetched."""
 
@@ -100,10 +105,12 @@ class Scorer:
             self._params = jax.jit(model.in_compute_dtype)(params)
         self.compiled: dict[Shape, Any] = {}
         """The program of each shape that was needed."""
+        self._caches: dict[Shape, Any] = {}
 
     def with_params(self, params: Any) -> Scorer:
         """The same scorer of other parameters that lie alike: what was compiled is shared."""
         other = copy.copy(self)
+        other._caches = {}
         with self._active():
             other._params = jax.jit(self._model.in_compute_dtype)(params)
         return other
@@ -156,7 +163,8 @@ class Scorer:
         if not requests:
             return
         plan = Schedule(requests, self._shape(max(request.read for request in requests)))
-        distributed.agree("requests to score", plan.digest)
+        if jax.process_count() > 1:
+            distributed.agree("requests to score", plan.digest)
         program, cache = self._program(plan.shape)
         log_probs, greedy = np.zeros(plan.results[-1], np.float32), np.zeros(plan.results[-1], bool)
         complete, told = np.zeros(len(requests), bool), 0
@@ -184,6 +192,7 @@ class Scorer:
                 told += 1
                 yield told, requests[number], Answer(total, bool(greedy[mine].all()), mine.stop - mine.start)
         assert told == len(requests)
+        self._caches[plan.shape] = cache  # the next call's, which needs no empty one
 
     def _shape(self, longest: int) -> Shape:
         """Of the program for requests of at most `longest` tokens read."""
@@ -198,11 +207,12 @@ class Scorer:
         return self.config.rows or (16 if _platform(self._mesh) == "cpu" else 256)
 
     def _program(self, shape: Shape) -> tuple[Any, Any]:
-        """The compiled step, and an empty cache."""
+        """The compiled step, and a cache, whose pages hold anything."""
         model, pages = self._model, shape.shards * shape.pool
-        empty = jax.jit(functools.partial(model.init_pages, pages, shape.page))
         with self._active():
-            cache = empty()
+            cache = self._caches.pop(shape, None)
+            if cache is None:
+                cache = jax.jit(functools.partial(model.init_pages, pages, shape.page))()
             if shape not in self.compiled:
                 rows, ids = shape.shards * shape.rows, jnp.int32
                 sizes = (
@@ -214,7 +224,7 @@ class Scorer:
                 inputs = [jax.ShapeDtypeStruct(size, ids, sharding=self._sharding(size)) for size in sizes]
                 step = jax.jit(functools.partial(_step, model), donate_argnums=1)
                 lowered = step.lower(self._params, cache, *inputs, jax.ShapeDtypeStruct((), ids))
-                self.compiled[shape] = lowered.compile()
+                self.compiled[shape] = lowered.compile(EXACTLY)
         return self.compiled[shape], cache
 
     def _place(self, step: Step) -> tuple[Any, ...]:

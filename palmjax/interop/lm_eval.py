@@ -101,9 +101,7 @@ def _flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a checkpoint_N folder, or a MODEL_DIR: its newest"
     )
-    parser.add_argument(
-        "--answers", metavar="FILE", help="keep answers there, by content, and do not compute them again"
-    )
+    parser.add_argument("--answers", metavar="FILE", help="keep answers there, by content; none is computed twice")
     distributed.add_flags(parser)
     return parser
 

@@ -151,6 +151,11 @@ class PalmJax(TemplateLM):
                 f"a continuation of {len(continuation):,} tokens, {texts[1][:40]!r}, is longer than max_length = "
                 f"{self.max_length:,}; lm-eval defines no score for that"
             )
+        if not context:
+            raise ConfigError(
+                f"the context of {texts[1][:40]!r} is spaces alone, which lm-eval scores with the continuation, and "
+                "the tokenizer puts no BOS before it; leave the context empty, or set --model_args add_bos_token=True"
+            )
         over = max(0, len(context) + len(continuation) - 1 - self.max_length)
         self._cut += bool(over)
         return Request(tuple(context[over:]), tuple(continuation))

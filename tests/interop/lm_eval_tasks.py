@@ -58,12 +58,17 @@ def sentence_piece_like(size: int) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **named, chat_template=CHAT)
 
 
-def write_model(
-    folder: Path, kind: str, *, layers: int = 2, width: int = 32, size: int = 400, length: int = 128
-) -> Path:
-    """A random model of `kind` ("gpt2" or "llama") and its tokenizer, as transformers saves them."""
-    tokenizer = byte_level(size) if kind == "gpt2" else sentence_piece_like(size)
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+def write_model(folder: Path, kind: str, *, layers: int = 2, width: int = 32, length: int = 128, rows: int = 0) -> Path:
+    """A random model of `kind` ("gpt2" or "llama") and its tokenizer, as transformers saves them.
+
+    rows: of the embedding table, the tokenizer's size at least.
+    """
+    tokenizer = byte_level(400) if kind == "gpt2" else sentence_piece_like(400)
+    ids = {
+        "vocab_size": max(rows, len(tokenizer)),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     heads = width // 8 if width < 256 else 8
     if kind == "gpt2":
         sizes = {"n_positions": length, "n_embd": width, "n_layer": layers, "n_head": heads}
@@ -83,7 +88,8 @@ def write_model(
     return folder
 
 
-def _task(folder: Path, name: str, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
+def write_task(folder: Path, name: str, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """A task's documents and its definition, as files."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
@@ -110,16 +116,18 @@ def write_tasks(folder: Path, count: int = 12, shots: int = 2, words: int = 8) -
     ]
     asked = {"doc_to_text": "Question: {{question}}\nAnswer:", "num_fewshot": shots}
     choice = {"output_type": "multiple_choice", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}]}
-    _task(folder, "tiny_cloze", rows, asked | choice | {"doc_to_choice": "{{choices}}"})
+    write_task(folder, "tiny_cloze", rows, asked | choice | {"doc_to_choice": "{{choices}}"})
     listed = "{% for c in choices %}{{'ABCD'[loop.index0]}}. {{c}}\n{% endfor %}"
     letters = {"doc_to_text": "{{question}}\n" + listed + "Answer:", "doc_to_choice": ["A", "B", "C", "D"]}
-    _task(folder, "tiny_letters", rows, asked | choice | letters)
+    write_task(folder, "tiny_letters", rows, asked | choice | letters)
     last = {"doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}", "doc_to_target": "{{' '+text.split(' ')[-1]}}"}
     scored = [{"metric": "perplexity"}, {"metric": "acc"}]
-    _task(folder, "tiny_last_word", rows, last | {"output_type": "loglikelihood", "metric_list": scored})
+    write_task(folder, "tiny_last_word", rows, last | {"output_type": "loglikelihood", "metric_list": scored})
     whole = {"doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "word_perplexity"}]}
-    _task(folder, "tiny_rolling", rows, whole | {"output_type": "loglikelihood_rolling"})
+    write_task(folder, "tiny_rolling", rows, whole | {"output_type": "loglikelihood_rolling"})
     until = {"until": ["\n", " from"], "max_gen_toks": 12, "do_sample": False}
     written = {"doc_to_target": "{{choices[answer]}}", "metric_list": [{"metric": "exact_match"}]}
-    _task(folder, "tiny_written", rows, asked | written | {"output_type": "generate_until", "generation_kwargs": until})
+    write_task(
+        folder, "tiny_written", rows, asked | written | {"output_type": "generate_until", "generation_kwargs": until}
+    )
     return ["tiny_cloze", "tiny_letters", "tiny_last_word", "tiny_rolling", "tiny_written"]
