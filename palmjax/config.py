@@ -375,7 +375,11 @@ class TrainConfig:
 
 @section
 class Experiment:
-    """A whole run. Everything that decides a run's numbers is in here; a run is a pure function of this value."""
+    """A whole run. Everything that decides a run's numbers is in here; a run is a pure function of this value.
+
+    infer_eval: tasks that the model is scored on whenever it is evaluated (T5X's infer_eval), such as a small
+    `@Suite()` of gin/eval/in_training.gin; None for none.
+    """
 
     model_dir: str
     model: ModelPart
@@ -387,6 +391,7 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     loss_scale: LossScalePart | None = None
+    infer_eval: SuitePart | None = None
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingRules = ShardingRules()
 

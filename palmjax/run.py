@@ -21,6 +21,8 @@ from palmjax.config import ConfigError, Experiment, section
 from palmjax.data import feed, index
 from palmjax.data.order import Skips
 from palmjax.evaluation.heldout import HeldOut
+from palmjax.evaluation.suites import Session
+from palmjax.evaluation.tasks import Suite
 from palmjax.guard import Overrides, Rewind
 from palmjax.metrics import Throughput, read_metrics
 from palmjax.models.account import account, parameter_table
@@ -125,6 +127,14 @@ class Run:
         except ConfigError:  # it can't be read, so no run can begin with it
             return sys.maxsize
         return info.guard.get("rewinds", 0)
+
+    def open_tasks(self) -> Session | None:
+        """The tasks that the run is evaluated on, their prompts made; None if it has none."""
+        suite = self.experiment.infer_eval
+        if suite is None:
+            return None
+        assert isinstance(suite, Suite), "the only SuitePart"
+        return Session(suite, self.experiment, self.program.model, self.mesh, self.dataset.vocabulary)
 
     def open_heldout(self) -> HeldOut | None:
         """The held-out split; None if the experiment has none. Raises ConfigError if it can't be scored."""

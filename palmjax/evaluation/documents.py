@@ -69,6 +69,10 @@ class SourcePart(Part):
         Raises ConfigError for files that are missing or hold anything that is no document.
         """
 
+    def unplaced(self) -> SourcePart:
+        """The same source wherever its files lie: what of it belongs to the task's definition."""
+        return self
+
     def notes(self) -> Mapping[str, str]:
         """What else is known about the source, for the manifest: a benchmark's canary string."""
         return {}

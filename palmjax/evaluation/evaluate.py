@@ -142,6 +142,11 @@ class Outcome:
     def score(self) -> Estimate:
         return self.estimates[self.headline]
 
+    def summary(self) -> dict[str, float]:
+        """The headline by its name, and its standard error where there is one: for a line of metrics."""
+        error = {} if math.isnan(self.score.error) else {f"{self.headline}_error": self.score.error}
+        return {self.headline: self.score.value, **error}
+
     @property
     def spread(self) -> float | None:
         """Standard deviation of the headline over formats; None of one format."""

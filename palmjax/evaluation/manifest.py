@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -54,13 +55,14 @@ def tasks(asked: Sequence[Asked]) -> dict[str, Any]:
     """Of each task and format: its definition, documents and prompts by hash, in hash order."""
     found: dict[str, Any] = {}
     for each in asked:
+        task = each.documents.task
         entry = found.setdefault(
             each.name,
             {
-                "definition": digest(repr(each.documents.task)),
+                "definition": digest(repr(dataclasses.replace(task, source=task.source.unplaced()))),
                 "documents": merkle_root([document.id for document in each.documents.documents]),
                 "count": len(each.documents.documents),
-                "notes": dict(each.documents.task.source.notes()),
+                "notes": dict(task.source.notes()),
                 "formats": [],
             },
         )

@@ -67,6 +67,9 @@ class Records(SourcePart):
         if self.choices and (self.answer is None) == (self.scores is None):
             raise ConfigError("Records.answer or Records.scores must be given with `choices`: one of the two")
 
+    def unplaced(self) -> SourcePart:
+        return dataclasses.replace(self, folder="")
+
     def build(self, exemplars: bool) -> tuple[list[Document], list[Document]]:
         pool = self.train if exemplars else ()
         return list(self._documents(self.files, "files")), list(self._documents(pool, "train"))

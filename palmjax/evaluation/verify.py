@@ -14,8 +14,8 @@ from palmjax.evaluation.schedule import Request
 from palmjax.evaluation.suites import Session, Which, weights_fingerprint
 from palmjax.evaluation.watch import Opener
 
-EXCUSED = ("counters.", "checkpoint.path")
-"""Parts of a manifest that are results, or say where a thing lies and not what it is."""
+EXCUSED = ("counters.", "checkpoint.path", "suite:")
+"""Parts of a manifest that are results, or say where a thing lies: the suite's text counts by its tasks' hashes."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ A task's words (its prefixes) are in its JSON, so they are texts of each documen
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -63,6 +64,9 @@ class BigBench(SourcePart):
         """The task's name, canary and the metrics that its authors prefer."""
         task = self._read()
         return {name: str(task[name]) for name in ("name", "canary", "metrics", "preferred_score") if name in task}
+
+    def unplaced(self) -> SourcePart:
+        return dataclasses.replace(self, folder="")
 
     def build(self, exemplars: bool) -> tuple[list[Document], list[Document]]:
         task = self._read()

@@ -1,4 +1,4 @@
-"""Prompts: what decides them, where context and continuation part, BOS, and what becomes of one that is too long."""
+"""Prompts: what decides them, where context and continuation part, BOS, and prompts that are too long."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def tokenizer(tmp_path: Path, texts: Sequence[str], size: int, bos: bool) -> Hug
 
 
 def encode_pair(vocabulary: Vocabulary, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """lm-eval 0.4's rule for decoder-only models, written out: spaces move, the join is split at the context end."""
+    """lm-eval 0.4's rule for decoder-only models: spaces move, the join is split at the context's length."""
     spaces = len(context) - len(context.rstrip())
     if spaces > 0:
         continuation, context = context[-spaces:] + continuation, context[:-spaces]
