@@ -158,5 +158,5 @@ def _panel(axis: Any, name: str, points: Mapping[int, Mapping[str, Any]]) -> Non
     axis.set_title(name, fontsize=10)
     axis.set_ylabel(latest["metric"].replace("_", " ") + (" (%)" if scale == 100 else ""), fontsize=8)
     axis.set_xlabel("step", fontsize=8)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=8, labelbottom=True)
     axis.grid(alpha=0.3)
