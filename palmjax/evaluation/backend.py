@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from palmjax import decode
 from palmjax.config import ConfigError, ShardingRules
 from palmjax.data.vocabulary import Vocabulary
-from palmjax.decode import continuation_text, generate
+from palmjax.decode import SearchPart
 from palmjax.evaluation import run
-from palmjax.evaluation.forms import Likelihood, Text, Write
-from palmjax.evaluation.kept import Kept
+from palmjax.evaluation.forms import Text, Write
 from palmjax.evaluation.schedule import Request
+from palmjax.evaluation.store import Answer, Store
 from palmjax.models.api import LanguageModel
 from palmjax.progress import Progress
 from palmjax.sampling import SamplingPart
@@ -25,7 +27,7 @@ TEXTS_AT_ONCE = 64
 
 
 class ModelBackend:
-    """One model on one mesh. `use` says with which parameters, and where their answers are kept.
+    """One model on one mesh. `use` says with which parameters, and `kept` where their answers are looked up and put.
 
     seed: of what is drawn when a text is sampled; a draw depends on it and on the prompt alone.
     """
@@ -43,49 +45,56 @@ class ModelBackend:
         self._max_length, self._seed = max_length, seed
         self._scorer: run.Scorer | None = None
         self._params: Any = None
-        self._kept: Kept | None = None
+        self.kept: Store | None = None
         self.title = "evaluating"
 
-    def use(self, params: Any, kept: Kept | None = None) -> None:
-        """Answers with `params` from here on; what was compiled stays. kept: where answers are looked up and put."""
-        self._params, self._kept = params, kept
+    def use(self, params: Any) -> None:
+        """Answers with `params` from here on, and keeps nothing; what was compiled stays."""
+        self._params, self.kept = params, None
         if self._scorer is None:
             self._scorer = run.Scorer(self._model, params, self._mesh, self._rules, max_length=self._max_length)
         else:
             self._scorer = self._scorer.with_params(params)
 
-    def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
-        """As `evaluate.Backend`. All processes of a job call it together."""
+    @property
+    def scorer(self) -> run.Scorer:
         assert self._scorer is not None, "`use` comes first"
+        return self._scorer
+
+    def identity(self) -> str:
+        """Of the model and its numerics: what kept answers go by. All processes of a job call it together."""
+        return self.scorer.identity(self._params)
+
+    def likelihoods(self, requests: Sequence[Request]) -> list[Answer]:
+        """As `evaluate.Backend`. All processes of a job call it together."""
         with _progress(f"{self.title}: log-likelihoods", len(requests), "requests") as told:
-            answers = self._scorer.score(requests, told, kept=cast("run.Answers | None", self._kept))
-        return [Likelihood(float(a.log_likelihood), bool(a.greedy), int(a.tokens)) for a in answers]
+            return self.scorer.score(requests, told, kept=self.kept)
 
     def texts(self, prompts: Sequence[tuple[int, ...]], write: Write, keys: Sequence[int]) -> list[Text]:
         """As `evaluate.Backend`. All processes of a job call it together."""
-        if write.sampling is not None and not isinstance(write.sampling, SamplingPart):
+        if write.sampling is not None and not isinstance(write.sampling, (SamplingPart, SearchPart)):
             raise ConfigError(
-                f"Generate.sampling = {write.sampling!r}: must be a way to sample, such as @Temperature()"
+                f"Generate.sampling = {write.sampling!r}: must be a way to sample, as @Temperature()"
             )
         how = f"{write.max_new_tokens}, {write.stop}, {write.sampling}, seed {self._seed}"
-        found = {} if self._kept is None else self._kept.texts(prompts, how)
-        found = _as_on_the_first_process(prompts, found)
-        missing = [(prompt, key) for prompt, key in zip(prompts, keys, strict=True) if prompt not in found]
+        found = _on_all_processes(prompts, {} if self.kept is None else _kept_texts(self.kept, prompts, how))
+        left = {prompt: key for prompt, key in zip(prompts, keys, strict=True) if prompt not in found}
         with _progress(f"{self.title}: texts", len(prompts), "texts") as told:
             told(len(found))
+            missing = sorted(left.items(), key=lambda one: (len(one[0]), one[0]))  # the same files whatever the order
             for start in range(0, len(missing), TEXTS_AT_ONCE):
                 some = missing[start : start + TEXTS_AT_ONCE]
                 for (prompt, _), text in zip(some, self._generate(some, write), strict=True):
                     found[prompt] = text
-                    if self._kept is not None:
-                        self._kept.put_text(prompt, how, text)
+                    if self.kept is not None:
+                        self.kept.put_text(prompt, how, json.dumps([text.text, text.finished]))
                 told(len(found))
         return [found[prompt] for prompt in prompts]
 
     def _generate(self, asked: Sequence[tuple[tuple[int, ...], int]], write: Write) -> list[Text]:
         sampling = write.sampling
-        assert sampling is None or isinstance(sampling, SamplingPart)
-        found = generate(
+        assert sampling is None or isinstance(sampling, (SamplingPart, SearchPart))
+        found = decode.generate(
             self._model,
             self._params,
             [prompt for prompt, _ in asked],
@@ -95,20 +104,20 @@ class ModelBackend:
             requests=[key for _, key in asked],
             bos=None,
             stop=self._vocabulary.eos_id,
+            stop_strings=write.stop,
+            vocabulary=self._vocabulary,
             mesh=self._mesh,
             rules=self._rules,
         )
-        return [
-            self._cut(continuation_text(self._vocabulary, prompt, one.tokens.tolist()), one.finished, write.stop)
-            for (prompt, _), one in zip(asked, found, strict=True)
-        ]
-
-    def _cut(self, text: str, finished: bool, stops: Sequence[str]) -> Text:
-        ends = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-        return Text(text[: min(ends)], True) if ends else Text(text, finished)
+        return [Text(one.text or "", one.finished) for one in found]
 
 
-def _as_on_the_first_process(
+def _kept_texts(kept: Store, prompts: Sequence[tuple[int, ...]], how: str) -> dict[tuple[int, ...], Text]:
+    found = {prompt: kept.get_text(prompt, how) for prompt in prompts}
+    return {prompt: Text(*json.loads(text)) for prompt, text in found.items() if text is not None}
+
+
+def _on_all_processes(
     prompts: Sequence[tuple[int, ...]], found: dict[tuple[int, ...], Text]
 ) -> dict[tuple[int, ...], Text]:
     """What process 0 has found; the others, which write nothing, know only for which prompts."""

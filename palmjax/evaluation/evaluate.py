@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from palmjax.evaluation.documents import digest
-from palmjax.evaluation.forms import Answered, Likelihood, Reply, Text, Write
+from palmjax.evaluation.forms import Answered, Reply, Text, Write
 from palmjax.evaluation.prompts import COUNTED, Encoded, Encoder, Prompt
 from palmjax.evaluation.schedule import Request
 from palmjax.evaluation.stats import Estimate
+from palmjax.evaluation.store import Answer
 from palmjax.evaluation.tasks import Documents
 from palmjax.evaluation.templates import Style
 
@@ -26,7 +27,7 @@ class Backend(Protocol):
     whatever is asked beside them.
     """
 
-    def likelihoods(self, requests: Sequence[Request]) -> Sequence[Likelihood]:
+    def likelihoods(self, requests: Sequence[Request]) -> Sequence[Answer]:
         """Of each request. Raises ConfigError for one that is too long for the model."""
         ...
 
@@ -68,7 +69,7 @@ def answer(asked: Sequence[Asked], backend: Backend) -> list[list[Answered]]:
         if isinstance(one.question, Write):
             return texts[_as_asked(one.question), one.prompt]
         found = [likelihoods[request] for request in one.requests]
-        return Likelihood(
+        return Answer(
             math.fsum(likelihood.log_likelihood for likelihood in found),
             all(likelihood.greedy for likelihood in found),
             sum(likelihood.tokens for likelihood in found),

@@ -27,6 +27,7 @@ from palmjax.evaluation.score import (
     normalised,
 )
 from palmjax.evaluation.stats import Estimate
+from palmjax.evaluation.store import Answer
 from palmjax.evaluation.templates import Style, template
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -65,15 +66,6 @@ Question = Ask | Write | Read
 
 
 @dataclasses.dataclass(frozen=True)
-class Likelihood:
-    """Reply to Ask and Read. nats, whether greedy decoding gives the same tokens, and how many tokens those are."""
-
-    log_likelihood: float
-    greedy: bool
-    tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Text:
     """Reply to Write. finished: whether a stop came before `max_new_tokens`."""
 
@@ -81,7 +73,8 @@ class Text:
     finished: bool
 
 
-Reply = Likelihood | Text
+Reply = Answer | Text
+"""An Answer to Ask and Read, a Text to Write."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +187,7 @@ class Choices(FormPart):
         return "".join(self._pairs(document)[document.right[0]])
 
     def values(self, document: Document, replies: Sequence[Reply]) -> dict[str, float]:
-        found = [reply for reply in replies if isinstance(reply, Likelihood)]
+        found = [reply for reply in replies if isinstance(reply, Answer)]
         given, alone = found[: len(document.choices)], found[len(document.choices) :]
         return choice_values(
             [reply.log_likelihood for reply in given],
@@ -239,7 +232,7 @@ class Predict(FormPart):
 
     def values(self, document: Document, replies: Sequence[Reply]) -> dict[str, float]:
         (reply,) = replies
-        assert isinstance(reply, Likelihood)
+        assert isinstance(reply, Answer)
         return {"acc": float(reply.greedy), "nats": -reply.log_likelihood}
 
     def restyled(self, style: Style) -> Predict:
@@ -274,7 +267,7 @@ class Rolling(FormPart):
 
     def values(self, document: Document, replies: Sequence[Reply]) -> dict[str, float]:
         (reply,), text = replies, fill(self.text, document)
-        assert isinstance(reply, Likelihood)
+        assert isinstance(reply, Answer)
         nats = -reply.log_likelihood
         words = len(re.split(self.words, text))
         return {"nats": nats, "bits": nats / math.log(2), "bytes": float(len(text.encode())), "words": float(words)}

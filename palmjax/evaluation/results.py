@@ -18,10 +18,11 @@ import numpy as np
 
 from palmjax.config import ConfigError
 from palmjax.evaluation.evaluate import Outcome
-from palmjax.evaluation.forms import Answered, Likelihood, Reply
+from palmjax.evaluation.forms import Answered, Reply
 from palmjax.evaluation.prompts import Prompt
 from palmjax.evaluation.score import Metric
 from palmjax.evaluation.stats import Estimate
+from palmjax.evaluation.store import Answer
 from palmjax.files import write_whole
 
 RESULT = "result.json"
@@ -95,7 +96,7 @@ def document_json(prompt: Prompt, answered: Answered, dirty: bool | None = None)
 
 def reply_json(reply: Reply) -> list[Any]:
     """[nats, greedy, tokens] of a likelihood; [text, finished] of a text."""
-    if isinstance(reply, Likelihood):
+    if isinstance(reply, Answer):
         return [reply.log_likelihood, reply.greedy, reply.tokens]
     return [reply.text, reply.finished]
 

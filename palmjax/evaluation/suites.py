@@ -5,15 +5,14 @@ The verb, the training loop and continuous evaluation all go through `Session`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from palmjax import distributed, provenance
@@ -24,10 +23,10 @@ from palmjax.data.vocabulary import Vocabulary
 from palmjax.evaluation import contamination, evaluate, manifest, results
 from palmjax.evaluation.backend import ModelBackend
 from palmjax.evaluation.documents import digest
-from palmjax.evaluation.kept import Kept
 from palmjax.evaluation.prompts import Encoder
 from palmjax.evaluation.run import ScorerConfig
 from palmjax.evaluation.schedule import Request
+from palmjax.evaluation.store import Store
 from palmjax.evaluation.tasks import Suite
 from palmjax.models.api import LanguageModel
 
@@ -96,8 +95,10 @@ class Session:
         """
         primary = jax.process_index() == 0
         self._backend.title = f"step {which.step:,}"
-        with Kept(folder / ANSWERS, digest([which.weights, self.numerics]), primary) as kept:
-            self._backend.use(params, kept)
+        with contextlib.ExitStack() as stack:
+            self._backend.use(params)
+            identity = self._backend.identity()
+            self._backend.kept = stack.enter_context(Store(folder / ANSWERS, identity)) if primary else None
             found = evaluate.outcomes(self.asked, evaluate.answer(self.asked, self._backend))
         dirty = self.contamination()
         if not primary:
@@ -149,33 +150,3 @@ def _flat(section: Any) -> Mapping[str, str]:
     if not dataclasses.is_dataclass(section):
         return {"": repr(section)}
     return {field.name: repr(getattr(section, field.name)) for field in dataclasses.fields(section)}
-
-
-def weights_fingerprint(params: Any) -> str:
-    """A hash of every parameter's name, type, shape and bits: the same on every mesh, and read where it lies.
-
-    Of each array two sums modulo 2^32 over its words, each times an odd number that is a hash of its place: exact in
-    integers, so that no order of additions enters.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = jax.device_get(jax.jit(lambda tree: [_sums(leaf) for leaf in jax.tree.leaves(tree)])(params))
-    lines = [
-        f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {np.asarray(found).tolist()}"
-        for (path, leaf), found in zip(leaves, sums, strict=True)
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _sums(leaf: jax.Array) -> jax.Array:
-    """uint32 [2]."""
-    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, words).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    totals = []
-    for salt in (0x9E3779B1, 0x85EBCA77):
-        mixed = (place ^ jnp.uint32(salt)) * jnp.uint32(0xC2B2AE3D)
-        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x27D4EB2F)
-        totals.append(jnp.sum(bits * ((mixed ^ (mixed >> 13)) | jnp.uint32(1)), dtype=jnp.uint32))
-    return jnp.stack(totals)

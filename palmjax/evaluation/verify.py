@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from palmjax.evaluation import manifest, results
-from palmjax.evaluation.forms import Likelihood, Write
+from palmjax.evaluation import manifest, results, weights
+from palmjax.evaluation.forms import Write
 from palmjax.evaluation.schedule import Request
-from palmjax.evaluation.suites import Session, Which, weights_fingerprint
+from palmjax.evaluation.store import Answer
+from palmjax.evaluation.suites import Session, Which
 from palmjax.evaluation.watch import Opener
 
 EXCUSED = ("counters.", "checkpoint.path", "suite:")
@@ -33,7 +34,7 @@ def verify(folder: Path, recorded: Mapping[str, Any], opener: Opener, path: str,
     """
     opened, session = opener.open(path)
     params = opened.params()
-    which = Which(checkpoint=path, step=opened.info.step, weights=weights_fingerprint(params))
+    which = Which(checkpoint=path, step=opened.info.step, weights=weights.fingerprint(params))
     now = session.manifest(which, [])
     changed = [line for line in manifest.differences(recorded, now) if not line.startswith(EXCUSED)]
     lines = [f"changed  {line}" for line in changed]
@@ -63,7 +64,7 @@ def _ask_again(session: Session, params: Any, folder: Path, count: int, seed: in
         return [], 0
     wrong = []
     for (_, reply, name), answer in zip(picked, session.answers(params, [one[0] for one in picked]), strict=True):
-        assert isinstance(answer, Likelihood)
+        assert isinstance(answer, Answer)
         if results.reply_json(answer) != reply:
             wrong.append(f"{name}: {reply[0]!r} -> {answer.log_likelihood!r} nats")
     return wrong, len(picked)

@@ -12,8 +12,8 @@ import jax
 
 from palmjax import checkpoint, model_dir, trained
 from palmjax.config import Experiment
-from palmjax.evaluation import results
-from palmjax.evaluation.suites import Session, Which, weights_fingerprint
+from palmjax.evaluation import results, weights
+from palmjax.evaluation.suites import Session, Which
 from palmjax.evaluation.tasks import Suite
 from palmjax.provenance import RunInfo
 
@@ -50,7 +50,7 @@ class Opener:
         """Evaluates one checkpoint and writes its result in `folder`. All processes of a job call it together."""
         opened, session = self.open(path)
         params = opened.params()
-        which = Which(checkpoint=path, step=opened.info.step, weights=weights_fingerprint(params))
+        which = Which(checkpoint=path, step=opened.info.step, weights=weights.fingerprint(params))
         return session.evaluate(params, which, folder)
 
 

@@ -21,8 +21,9 @@ import numpy as np
 from palmjax.config import ConfigError, Part, TaskPart, section
 from palmjax.evaluation import stats
 from palmjax.evaluation.documents import Document, SourcePart, digest
-from palmjax.evaluation.forms import Answered, Ask, FormPart, Likelihood, Question, Reply, Text, Write, fill
+from palmjax.evaluation.forms import Answered, Ask, FormPart, Question, Reply, Text, Write, fill
 from palmjax.evaluation.score import AnyMetric
+from palmjax.evaluation.store import Answer
 
 RESAMPLES = 200
 """Of a metric function's bootstrap: each one calls it once."""
@@ -131,7 +132,7 @@ class SeqioMetrics(FormPart):
     def values(self, document: Document, replies: Sequence[Reply]) -> dict[str, float]:
         values: dict[str, float] = {}
         for reply in replies:
-            if isinstance(reply, Likelihood):
+            if isinstance(reply, Answer):
                 values["log_likelihood"] = reply.log_likelihood
             else:
                 values["length_stops"] = float(not reply.finished)

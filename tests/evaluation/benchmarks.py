@@ -8,9 +8,10 @@ from pathlib import Path
 from palmjax import configure
 from palmjax.data.vocabulary import Bytes
 from palmjax.evaluation import evaluate
-from palmjax.evaluation.forms import Likelihood, Text, Write
+from palmjax.evaluation.forms import Text, Write
 from palmjax.evaluation.prompts import Encoder
 from palmjax.evaluation.schedule import Request
+from palmjax.evaluation.store import Answer
 from palmjax.evaluation.tasks import Suite
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -52,12 +53,12 @@ class Rule:
         self.requests: list[Request] = []
         self.prompts: list[str] = []
 
-    def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
+    def likelihoods(self, requests: Sequence[Request]) -> list[Answer]:
         self.requests += requests
         found = []
         for request in requests:
             nats = self._score(VOCABULARY.decode(request.context), VOCABULARY.decode(request.continuation))
-            found.append(Likelihood(nats, nats > -1, len(request.continuation)))
+            found.append(Answer(nats, nats > -1, len(request.continuation)))
         return found
 
     def texts(self, prompts: Sequence[tuple[int, ...]], write: Write, keys: Sequence[int]) -> list[Text]:
