@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -95,6 +96,19 @@ def decode_text(data: bytes, where: str) -> str:
     if "\0" in text:
         raise ValueError(f"{where} is not text but binary: it has a NUL at byte {data.index(0)}")
     return text
+
+
+CANARY = re.compile(r"canary GUID [0-9a-f]{8}-")
+"""The mark that BIG-bench's authors put in their tasks, so that nobody trains on them (Srivastava et al. 2022)."""
+
+
+def refuse_canary(document: Document, where: str) -> None:
+    """Raises ValueError, saying where, for text that carries a benchmark's canary."""
+    for text in document.values():
+        if (found := CANARY.search(text)) is not None:
+            raise ValueError(
+                f"{where} has text of a benchmark that asks not to be trained on: {text[found.start() :][:50]!r}"
+            )
 
 
 def held_out(text: str, share: float) -> bool:
@@ -256,7 +270,9 @@ def _source_class() -> Any:
             try:
                 for group in groups:
                     for path in group:
-                        yield from read(path)
+                        for document in read(path):
+                            refuse_canary(document, path)
+                            yield document
             except Exception as error:
                 self.failure = error
                 raise

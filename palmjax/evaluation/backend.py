@@ -73,9 +73,7 @@ class ModelBackend:
     def texts(self, prompts: Sequence[tuple[int, ...]], write: Write, keys: Sequence[int]) -> list[Text]:
         """As `evaluate.Backend`. All processes of a job call it together."""
         if write.sampling is not None and not isinstance(write.sampling, (SamplingPart, SearchPart)):
-            raise ConfigError(
-                f"Generate.sampling = {write.sampling!r}: must be a way to sample, as @Temperature()"
-            )
+            raise ConfigError(f"Generate.sampling = {write.sampling!r}: must be a way to sample, as @Temperature()")
         how = f"{write.max_new_tokens}, {write.stop}, {write.sampling}, seed {self._seed}"
         found = _on_all_processes(prompts, {} if self.kept is None else _kept_texts(self.kept, prompts, how))
         left = {prompt: key for prompt, key in zip(prompts, keys, strict=True) if prompt not in found}

@@ -84,8 +84,11 @@ class SeqioTask(SourcePart):
 
 
 def _plain(value: Any) -> Any:
+    """A feature as JSON, for the document's id: texts by their bytes, one a character."""
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
     value = np.asarray(value)
-    return [item.decode("utf-8", "replace") for item in value.ravel()] if value.dtype == object else value.tolist()
+    return [_plain(item) for item in value.ravel()] if value.dtype == object else value.tolist()
 
 
 def _text(task: Any, example: Any, name: str) -> str:

@@ -199,3 +199,34 @@ def test_a_run_is_scored_on_tasks_while_it_trains(job: jobs.Job, tmp_path: Path)
     jobs.verb(*alone)
     found = json.loads((tmp_path / "out" / "result.json").read_text())["tasks"]["piqa"]["metrics"]["acc"]["value"]
     assert found == rows[-1]["acc"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--gin.SENTENCEPIECE_MODEL=other.model"], "tokenized by the checkpoint's own vocabulary (bytes)"),
+        (["--gin.TASKS_DIR=/nowhere"], "Records.files: no file matches '/nowhere/piqa/validation*'"),
+        (["--gin.Suite.max_length=2"], "tokens follow the context, and a row has 2"),
+        (["--gin.piqa/Task.on_overflow='error'"], "validation.jsonl:3: the prompt has 72 tokens without exemplars"),
+        (["--gin.piqa/Task.shot=3"], "Task has no field 'shot'; nearest: shots"),
+        (["--limit", "0"], "Suite.limit = 0: must be 1 or more"),
+        (["--max_batches", "3"], "--max_batches has no effect with --tasks"),
+        (["--contamination", "/nowhere"], "no finished token store at /nowhere"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_evaluated_is_refused_in_a_line(
+    flags: list[str], tmp_path: Path, capfd, changed: list[str], words: str
+) -> None:
+    assert cli.main([*flags, "--output", str(tmp_path / "out"), *changed]) == 2
+    text = capfd.readouterr().err
+    error = text[text.index("error: ") :].strip()
+    assert words in error and "Traceback" not in text and len(error.splitlines()) <= 2, error
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_flags_of_tasks_need_tasks(undisturbed: Path, capfd) -> None:
+    assert cli.main(["eval", "--checkpoint", str(undisturbed), "--limit", "3"]) == 2
+    assert "--limit has no effect without --tasks" in capfd.readouterr().err
+    assert cli.main(["eval", "compare", str(undisturbed), "/nowhere"]) == 2
+    assert "there is no result" in capfd.readouterr().err

@@ -162,6 +162,7 @@ def json_lines(*lines: bytes) -> dict[str, bytes]:
         ({"a.txt": b"fine", "b.txt": b"ab\xffcd"}, r"b\.txt is not UTF-8 text: invalid start byte at byte 2"),
         ({"a.txt": b"a\0b"}, r"a\.txt is not text but binary: it has a NUL at byte 1"),
         ({"a.txt": b"", "b.txt": b""}, "has no text: all of its 2 documents are empty"),
+        ({"a.txt": b"a canary GUID 0a1b2c3d-4e b"}, r"a\.txt has text of a benchmark that asks not to be trained on"),
         ({}, r"task 'broken': no file matches '.*\*\.txt'"),
         (json_lines(b"{oops"), r"a\.jsonl, line 2, is not JSON: Expecting property name"),
         (json_lines(b'{"body": "x"}'), r"a\.jsonl, line 2, has no key 'text'; its keys are: body"),
