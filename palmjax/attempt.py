@@ -17,6 +17,7 @@ from palmjax.config import ConfigError
 from palmjax.data import feed
 from palmjax.data.order import Skips
 from palmjax.evaluation.heldout import HeldOut
+from palmjax.evaluation.suites import Session
 from palmjax.metrics import Recorder, StartupClock
 from palmjax.run import Profile, Run
 from palmjax.state import TrainState
@@ -30,6 +31,7 @@ class Job:
 
     run: Run
     heldout: HeldOut | None
+    tasks: Session | None
     pool: ThreadPoolExecutor
     preemption: guard.Preemption
     profile: Profile
@@ -45,6 +47,7 @@ class Attempt:
 
     run: Run
     heldout: HeldOut | None
+    tasks: Session | None
     state: TrainState
     first: int
     skips: Skips
@@ -77,15 +80,27 @@ class Attempt:
         )
 
     def evaluate(self, step: int, max_batches: int | None) -> Mapping[str, float]:
-        """Scores the held-out split, if there is one, records it and returns the numbers by name."""
-        if self.heldout is None:
-            return {}
+        """Scores the held-out split and the tasks, if there are any, records them and returns the numbers by name; a
+        task's own name is in front of its numbers' (`piqa_acc`).
+        """
+        found = {} if self.heldout is None else dict(self._held_out(self.heldout, step, max_batches))
+        if self.tasks is not None:
+            with self.recorder.paused():
+                began = time.perf_counter()
+                outcomes = self.tasks.values(self.state.params)
+                seconds = (time.perf_counter() - began) / len(outcomes)  # all were asked at once
+                for one in outcomes:
+                    self.recorder.evaluation(step, one.name, one.summary(), seconds=seconds)
+                    found |= {f"{one.name}_{name}": value for name, value in one.summary().items()}
+        return found
+
+    def _held_out(self, heldout: HeldOut, step: int, max_batches: int | None) -> Mapping[str, float]:
         # Scores of a part and of the whole are not points of one curve.
         part = self.run.settings.eval_steps is not None and max_batches is None
-        name = f"{self.heldout.task}_all" if part else self.heldout.task
+        name = f"{heldout.task}_all" if part else heldout.task
         with self.recorder.paused():
             began = time.perf_counter()
-            result = self.heldout.run(self.state.params, max_batches)
+            result = heldout.run(self.state.params, max_batches)
             self.recorder.evaluation(step, name, result.metrics(), seconds=time.perf_counter() - began)
         return result.metrics()
 
@@ -176,6 +191,7 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
     return Attempt(
         run=run,
         heldout=job.heldout,
+        tasks=job.tasks,
         state=start.state,
         first=first,
         skips=skips,

@@ -68,6 +68,7 @@ def train(experiment: Experiment, description: Description = NO_TEXT, clock: Sta
         job = Job(
             run=run,
             heldout=heldout,
+            tasks=run.open_tasks(),
             pool=stack.enter_context(ThreadPoolExecutor(1, "palmjax-compile")),
             preemption=stack.enter_context(guard.Preemption()),
             profile=stack.enter_context(Profile(run.settings.profile_steps, run.folder)),

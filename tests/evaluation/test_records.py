@@ -162,12 +162,14 @@ def seqio_task() -> str:
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> Any:
         pairs = {"validation": ["ab", "cd", "ef"], "train": ["xy", "zw", "uv"]}[split]
-        return tf.data.Dataset.from_tensor_slices({"inputs": [f"copy {p}:" for p in pairs], "targets": pairs})
+        rows: Any = {"inputs": [f"copy {p}:" for p in pairs], "targets": pairs}
+        return tf.data.Dataset.from_tensor_slices(rows)
 
     name = "palmjax_test_copy"
+    source: Any = seqio.FunctionDataSource(dataset, splits=("train", "validation"))
     seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(dataset, splits=("train", "validation")),
+        source=source,
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
         output_features={
             n: seqio.Feature(seqio.ByteVocabulary(), add_eos=n == "targets") for n in ("inputs", "targets")
