@@ -25,7 +25,8 @@ Values = Mapping[str, float]
 class Metric:
     """sum(top) / sum(bottom) over documents, then `transform` (increasing). bottom None: the mean over documents.
 
-    percent: shown as a percentage. better: 1 if more is better, -1 if less is, 0 if neither.
+    percent: shown as a percentage; where all values are from 0 to 1 the interval is too. better: 1 if more is better,
+    -1 if less is.
     """
 
     name: str
@@ -41,6 +42,10 @@ class Metric:
         top = np.array([row[self.top] for row, _ in kept])
         bottom = np.array([1.0 if self.bottom is None else row[self.bottom] for row, _ in kept])
         found = stats.ratio(top, bottom, [cluster for _, cluster in kept])
+        if self.percent and ((top >= 0) & (top <= 1)).all():  # Student's t knows no bounds
+            found = dataclasses.replace(
+                found, low=float(np.maximum(found.low, 0)), high=float(np.minimum(found.high, 1))
+            )
         return found if self.transform is float else found.transformed(self.transform)
 
 
