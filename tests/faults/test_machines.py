@@ -67,7 +67,7 @@ def test_killed_again_and_again_it_ends_with_the_bits_of_the_undisturbed_run(tmp
 
 def test_the_launcher_starts_a_killed_and_a_preempted_job_again(job: jobs.Job, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = launch(job, folder, "TRAIN_STEPS=400", options=("--processes=1", "--max-restarts=2"))
+    process = launch(job, folder, "TRAIN_STEPS=150", options=("--processes=1", "--max-restarts=2"))
     jobs.wait_for_step(folder, 12, process)
     worker(process, 0).send_signal(signal.SIGTERM)  # to the one process, as a cloud's notice
     while not events(folder, "restart"):
@@ -79,7 +79,7 @@ def test_the_launcher_starts_a_killed_and_a_preempted_job_again(job: jobs.Job, t
     text = jobs.finish(process)
     restarts = [(row["attempt"], row["exit_code"]) for row in events(folder, "restart")]
     assert restarts == [(1, 75), (2, 137)] and "restart 2 of 2" in text
-    assert sorted(jobs.losses(folder)) == list(range(1, 401))
+    assert sorted(jobs.losses(folder)) == list(range(1, 151))
 
 
 # --- stalled ---------------------------------------------------------------------------------------------------------
