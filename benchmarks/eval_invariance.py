@@ -2,8 +2,8 @@
 
 The same requests at once, one by one, by 3, by 8 and shuffled, beside a request of twice the length, and on all devices
 data-parallel: prints the largest difference (nats) and how many of the requests have other bits. On CPU all of these
-are 0, by test; on another backend they are what this command measures. With `--hf`, lm-eval's `hf` on a random model of the
-same sizes is asked at batch sizes 1, 8 and 32 too (float32 and bfloat16).
+are 0, by test; on another backend they are what this command measures. With `--hf`, lm-eval's `hf` on a random model of
+the same sizes is asked at batch sizes 1, 8 and 32 too (float32 and bfloat16).
 """
 
 from __future__ import annotations
