@@ -82,14 +82,15 @@ class Timed:
         import lm_eval
 
         with contextlib.redirect_stderr(io.StringIO()):
-            found: Any = lm_eval.simple_evaluate(
+            evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its parameters
+            found = evaluate(
                 model=self.lm, tasks=[task], task_manager=self._manager, bootstrap_iters=0, verbosity="ERROR"
             )
         return [answer[0][0] for sample in found["samples"][task] for answer in sample["resps"]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[1024, 32000])

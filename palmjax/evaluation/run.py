@@ -34,7 +34,7 @@ from palmjax.models.embeddings import RESIDUAL
 BLOCK = 256
 """Tokens that a request's longest row is rounded up to a power of two times: attention goes over blocks of so many."""
 
-EXACTLY = {"xla_allow_excess_precision": False}
+EXACTLY: Any = {"xla_allow_excess_precision": False}
 """XLA's options: values are rounded to bfloat16 where the program says so. By default that depends on what is fused,
 and so on the mesh.
 """

@@ -59,7 +59,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def evaluate(model: Any, folder: Path, names: list[str], **given: Any) -> Any:
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return lm_eval.simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0, **given)
+    simple_evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its parameters
+    return simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0, **given)
 
 
 def answers(results: Any, task: str) -> list[Any]:
