@@ -64,9 +64,10 @@ def digests(tree: Any) -> dict[str, str]:
 
     Waits for the arrays: they are read once where they lie, and eight bytes of each come back.
     """
-    named = trees.leaves(tree)
-    found = jax.device_get([sums(leaf) for _, leaf in named])  # one by one: they need not lie on the same devices
-    return {"/".join(name): text(two) for (name, _), two in zip(named, found, strict=True)}
+    jax.block_until_ready(tree)
+    # One by one: they need not lie on the same devices, and many small programs with collectives in flight behind a
+    # step can starve each other of threads on a host with more (virtual) CPU devices than cores.
+    return {"/".join(name): text(sums(leaf)) for name, leaf in trees.leaves(tree)}
 
 
 def differing(saved: Mapping[str, str], tree: Any) -> Iterator[str]:
