@@ -27,7 +27,10 @@ from palmjax.watchdog import Watchdog
 
 @dataclasses.dataclass(kw_only=True)
 class Job:
-    """What this process keeps from one attempt to the next. rewinds: all that were decided. launched: steps, ever."""
+    """What this process keeps from one attempt to the next. rewinds: all that were decided. launched: steps, ever.
+
+    overrides: those followed last.
+    """
 
     run: Run
     heldout: HeldOut | None
@@ -38,6 +41,7 @@ class Job:
     clock: StartupClock
     rewinds: tuple[guard.Rewind, ...]
     watchdog: Watchdog
+    overrides: guard.Overrides | None = None
     launched: int = 0
 
 
@@ -140,7 +144,13 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
     """
     run, settings, primary = job.run, job.run.settings, jax.process_index() == 0
     # ---- What has been decided ----
-    overrides = guard.Overrides.read(run.folder)
+    try:
+        overrides = guard.Overrides.read(run.folder)
+    except ConfigError:
+        if job.overrides is None:
+            raise
+        overrides = job.overrides  # a typing error must not end a run that rewinds; it is told at the next checkpoint
+    job.overrides = overrides
     if primary:
         guard.remove_void(run.folder, model_dir.steps(run.folder), run.rewinds_at, job.rewinds)
     # Also: nobody looks for the newest checkpoint before the void ones are gone.

@@ -88,7 +88,10 @@ def build_step(
         if loss_scale is not None and state.loss_scale is not None:
             metrics["loss_scale"] = state.loss_scale.scale
             # 1 is the loss itself, which no scale has touched.
-            done = done.replace(loss_scale=loss_scale.update(state.loss_scale, first > 1))
+            scale = loss_scale.update(state.loss_scale, first > 1)
+            done = done.replace(
+                loss_scale=jax.tree.map(lambda new, old: jnp.where(first == 1, old, new), scale, state.loss_scale)
+            )
         return done, metrics
 
     return step

@@ -145,6 +145,8 @@ def loop(job: Job, going: Attempt) -> Ended:
 def decided(job: Job, going: Attempt) -> Ended:
     """Writes down what the guard has decided; the step under way is given up."""
     verdict, recorder = going.watch.verdict, going.recorder
+    with job.watchdog.phase("save"):
+        going.note(going.saver.wait())
     recorder.flush()
     if isinstance(verdict, guard.Stop):
         recorder.event("stopped", step=verdict.step, why=verdict.why)

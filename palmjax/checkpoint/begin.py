@@ -65,7 +65,7 @@ def start(
     for step in reversed(_agreed(folder)):
         path = str(as_path(folder) / f"{PREFIX}{step}")
         try:
-            info = read_info(path)
+            info = _read_info(path)
             check_vocabulary(path, info, vocabulary)
             state = restore_state(path, abstract_state)
         except Damaged as error:
@@ -93,6 +93,19 @@ def start(
 
     # 3. Scratch.
     return Start(state=init(), info=None, origin="scratch", resumed=False)
+
+
+def _read_info(path: str) -> RunInfo:
+    """`read_info` for all processes together: what one of them finds damaged, none goes on with."""
+    problem, info = "", None
+    try:
+        info = read_info(path)
+    except Damaged as error:
+        problem = str(error)
+    if everywhere := distributed.everywhere(problem):
+        raise Damaged(problem or everywhere)
+    assert info is not None
+    return info
 
 
 def _set_aside(folder: str, step: int, reason: str) -> Skipped:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -64,7 +65,9 @@ class Overrides:
         if not isinstance(value, dict) or (unknown := [name for name in value if name not in names]):
             what = f"{unknown[0]!r} is not known" if isinstance(value, dict) else f"{value!r} is not an object"
             raise ConfigError(f"{what}; known are {' and '.join(names)}")
-        rates = _pairs(value, "learning_rate", _SOME_RATE, lambda rate: rate is None or (_is_number(rate) and rate > 0))
+        rates = _pairs(
+            value, "learning_rate", _SOME_RATE, lambda rate: rate is None or (_is_number(rate) and 0 < rate < math.inf)
+        )
         if [step for step, _ in rates] != sorted({step for step, _ in rates}):
             raise ConfigError(f"learning_rate: {[list(one) for one in rates]}: the steps must rise")
         rows = _pairs(value, "skip_rows", _SOME_ROW, lambda end: type(end) is int)

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 
 from palmjax import checkpoint, cli
+from palmjax.checkpoint import seal
 from palmjax.checkpoint.arrays import Reader
 from palmjax.config import ConfigError
 from palmjax.interop import convert, safetensors_files
@@ -147,6 +148,7 @@ def test_a_checkpoint_of_no_family_is_refused(copy, tmp_path, capfd):
     value = json.loads(info.read_text())
     value["config"] = value["config"].replace("Attention.soft_cap = None", "Attention.soft_cap = 30.0")
     info.write_text(json.dumps(value))
+    seal.write(tmp_path / "out" / "checkpoint_0")
     shutil.rmtree(tmp_path / "out" / convert.BESIDE)
     capfd.readouterr()
     assert cli.main(["convert", str(tmp_path / "out"), str(tmp_path / "new")]) == 2
