@@ -26,7 +26,7 @@ train: $(READY)
 	$(BIN)/palmjax train gin/exp/palm_stdlib.gin --gin.MODEL_DIR=$(MODEL_DIR) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check
