@@ -11,6 +11,7 @@ of a run that was killed and run again is, to the byte, the file of a run that w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -66,9 +67,12 @@ class Store:
             raise ConfigError(f"{path} can't be written: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.close()
             raise ConfigError(f"{path} is being written by another process") from error
+        except OSError as error:  # a file system without locks
+            self._file.close()
+            raise ConfigError(f"{path} can't be locked: {error.strerror}") from error
         self._lines = self._read()
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -121,10 +125,15 @@ class Store:
         return len(self._lines)
 
     def close(self) -> None:
-        """Puts all on the disk itself and lets others write."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Puts all on the disk itself and lets others write. Raises ConfigError if the disk does not take it."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ConfigError(f"{self.path} can't be written: {error.strerror}") from error
+        finally:
+            with contextlib.suppress(OSError):  # closing tries once more to write what could not be written
+                self._file.close()
 
     def __enter__(self) -> Store:
         return self
