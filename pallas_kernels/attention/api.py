@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import others, reference, tpu, xla
+from pallas_kernels.attention import gpu_table, others, reference, table, tpu, xla
 from pallas_kernels.attention.case import Case
 from pallas_kernels.attention.choice import Choice, choose
 from pallas_kernels.attention.masks import Mask, ranges, run_ids
@@ -109,7 +109,13 @@ def over_ranges(
         return reference.attention(q, k, v, first, stop, bias=bias, **shared)
     if choice.name == "xla":
         return xla.attention(q, k, v, first, stop, **shared)
-    assert choice.row is not None
+    if isinstance(choice.row, gpu_table.Row):
+        from pallas_kernels.attention import gpu  # Mosaic GPU is loaded where it is used
+
+        ranged = mask is None or mask.window is not None
+        tuning = choice.row.tuning
+        return gpu.attention(q, k, v, first, stop, ranged=ranged, tuning=tuning, interpret=interpret, **shared)
+    assert isinstance(choice.row, table.Row)
     return tpu.attention(q, k, v, first, stop, mask=mask, tuning=choice.row.tuning, interpret=interpret, **shared)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.attention import others, table
+from pallas_kernels.attention import gpu_table, others, table
 from pallas_kernels.attention.case import Case
 from pallas_kernels.attention.tpu_plan import Blocks
 
-NAMES = ("einsum", "xla", "tpu", *others.NAMES)
-"""einsum: the whole score matrix. xla: block by block. tpu: Mosaic, this package's. The rest: `others`."""
+NAMES = ("einsum", "xla", "tpu", "gpu", *others.NAMES)
+"""einsum: the whole score matrix. xla: block by block. tpu, gpu: Mosaic, this package's. The rest: `others`."""
 
 SHORT = 256
 """Tokens below which the whole score matrix is as fast as blocks of it on a CPU."""
@@ -24,7 +24,7 @@ class Choice:
 
     name: str
     reason: str
-    row: table.Row | None = None
+    row: table.Row | gpu_table.Row | None = None
 
 
 def check_name(impl: str) -> None:
@@ -39,6 +39,8 @@ def refusals(impl: str, case: Case, chip: str | None) -> list[str]:
         return []
     if impl == "xla":
         return ["bias is a [T, S] array already; use einsum"] if case.bias else []
+    if impl == "gpu":
+        return gpu_table.refusals(case, chip)
     if impl == "tpu":
         reasons = [] if not case.bias else ["no dense bias; ALiBi is computed in the kernel from its slopes"]
         if case.dtype not in ("bfloat16", "float32"):
@@ -72,6 +74,10 @@ def choose(impl: str, case: Case, chip: str | None) -> Choice:
             f"attention: {impl} cannot do {case} on {chip or 'cpu'}: {'; '.join(reasons)}. "
             f"Could: {', '.join(could) or 'none'}"
         )
+    if impl == "gpu":
+        row = gpu_table.find(case, chip)
+        assert row is not None
+        return Choice(impl, f"named; block sizes of the row for head_dim {row.head_dim}, {row.found}", row)
     return Choice(impl, "named", table.find(case, chip) if impl == "tpu" and chip else None)
 
 
@@ -87,7 +93,15 @@ def _auto(case: Case, chip: str | None) -> Choice:
     gpu = chip is not None and chip != "cpu"
     short = SHORT_ON_GPU if gpu else SHORT
     where = chip or "cpu"
+    ours = ""
+    if gpu and not gpu_table.refusals(case, chip):
+        row = gpu_table.find(case, chip)
+        assert row is not None
+        if row.source == "measured":
+            return Choice("gpu", f"{chip}; block sizes of the row for head_dim {row.head_dim}, measured", row)
+        # What has never run on the hardware runs there when it is named, and by itself once it has been measured.
+        ours = f"; gpu, which could, is {row.found}"
     # cuDNN stays a named choice: its backward pass does not promise the same bits twice.
     if case.length < short:
-        return Choice("einsum", f"{case.length} tokens on {where}: fewer than {short}")
-    return Choice("xla", f"{case.length} tokens on {where}: {short} or more")
+        return Choice("einsum", f"{case.length} tokens on {where}: fewer than {short}{ours}")
+    return Choice("xla", f"{case.length} tokens on {where}: {short} or more{ours}")

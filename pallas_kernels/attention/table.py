@@ -53,7 +53,7 @@ def _row(entry: dict[str, Any]) -> Row:
 @functools.cache
 def rows() -> tuple[Row, ...]:
     """All rows of all files."""
-    return tuple(_row(entry) for path in sorted(FOLDER.glob("*.json")) for entry in json.loads(path.read_text()))
+    return tuple(_row(entry) for path in sorted(FOLDER.glob("tpu*.json")) for entry in json.loads(path.read_text()))
 
 
 def chips() -> list[str]:

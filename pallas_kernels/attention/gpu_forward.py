@@ -1,0 +1,132 @@
+"""The forward pass on Hopper: 128 rows of queries a block, keys and values in turn through a ring, softmax online.
+
+One warpgroup copies tiles with the tensor memory accelerator, two multiply (`wgmma`), 64 rows each. A block visits the
+tiles that its rows' ranges reach, and masks only those that some row does not see whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import gpu_tile, reference
+from pallas_kernels.attention.gpu_plan import COMPUTE, FLOOR, LN2, ROWS, Plan, Ring
+from pallas_kernels.attention.gpu_tile import MATRIX, ROW
+
+NAME = "palmjax_attention_forward"
+
+
+def _kernel(
+    plan: Plan,
+    ring: Ring,
+    names: tuple[str, ...],
+    table_ref: Any,
+    places_ref: Any,
+    numbers_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    q_smem: Any,
+    tiles: Any,
+    lse_smem: Any,
+    q_full: Any,
+    tile_full: Any,
+    tile_empty: Any,
+) -> None:
+    sequence = jax.lax.axis_index("sequence")
+    # Under a causal mask the last blocks have most to do: they begin first.
+    block = table_ref.shape[1] - 1 - jax.lax.axis_index("block")
+    warpgroup = jax.lax.axis_index("warpgroup")
+    bounds = gpu_tile.bounds_of(table_ref, sequence, block)
+    begin = bounds[0]
+    slots = jnp.int32(ring.slots)
+
+    @pl.when(warpgroup == COMPUTE)
+    def _copies() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+        gpu_tile.copy_keys_and_values(ring, sequence, bounds, k_ref, v_ref, tiles, tile_full, tile_empty)
+
+    @pl.when(warpgroup < COMPUTE)
+    def _computes() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        rows = pl.ds(block * (COMPUTE * ROWS) + warpgroup * ROWS, ROWS)
+        mine = q_smem.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q_ref.at[sequence, rows], mine, q_full.at[warpgroup])
+        numbers = gpu_tile.numbers(plan, names, numbers_ref.at[sequence, :, rows], ROW)
+        plgpu.barrier_wait(q_full.at[warpgroup])
+
+        def tile(index: Any, masked: bool, so_far: tuple) -> tuple:
+            top, total, values = so_far
+            slot = jax.lax.rem(2 * (index - begin), slots)
+            plgpu.barrier_wait(tile_full.at[slot])
+            [products] = gpu_tile.products(plan, (mine, tiles.at[slot]))
+            plgpu.barrier_arrive(tile_empty.at[slot])
+            key = functools.partial(gpu_tile.keys_as_columns, plan, places_ref, index * ring.keys, products.shape)
+            z, _ = gpu_tile.scores(plan, products, key, masked, numbers, ROW)
+            new = jnp.maximum(top, jnp.max(z, axis=1))
+            weights = jnp.exp2(z * plan.unit - gpu_tile.over(new * plan.unit, z.shape, ROW))
+            keep = jnp.exp2((top - new) * plan.unit)
+            total = total * keep + jnp.sum(weights, axis=1)
+            values = values * gpu_tile.over(keep, values.shape, ROW)
+            slot = jax.lax.rem(2 * (index - begin) + 1, slots)
+            plgpu.barrier_wait(tile_full.at[slot])
+            values = gpu_tile.add_product(plan, values, weights.astype(v_ref.dtype), tiles.at[slot])
+            plgpu.barrier_arrive(tile_empty.at[slot])
+            return new, total, values
+
+        top, total, values = gpu_tile.for_tiles(
+            bounds,
+            tile,
+            (
+                gpu_tile.full(plan, (ROWS,), FLOOR, ROW),
+                gpu_tile.full(plan, (ROWS,), 0.0, ROW),
+                gpu_tile.full(plan, (ROWS, plan.width), 0.0, MATRIX),
+            ),
+            plan.ranged,
+        )
+        some = total > 0.0
+        total = jnp.where(some, total, 1.0)
+        # Nobody reads these rows of q any more.
+        mine[...] = (values * gpu_tile.over(1.0 / total, values.shape, ROW)).astype(out_ref.dtype)
+        lse_smem[warpgroup] = jnp.where(some, top * (plan.unit * LN2) + jnp.log(total), reference.EMPTY)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mine, out_ref.at[sequence, rows])
+        plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[sequence, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def forward(
+    plan: Plan,
+    ring: Ring,
+    table: jax.Array,
+    numbers: dict[str, jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """(out [N, R, D], lse float32 [N, R]). q: [N, R, D], R whole blocks; k, v: [N, S, D], S whole tiles; table: of
+    `key_bounds`; numbers: of rows, [N, R] each.
+    """
+    N, R, D = q.shape
+    return plgpu.kernel(
+        functools.partial(_kernel, plan, ring, tuple(numbers)),
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((N, R), jnp.float32)),
+        scratch_types=(
+            gpu_tile.tile_memory(plan, COMPUTE, ROWS, D, q.dtype),
+            gpu_tile.tile_memory(plan, ring.slots, ring.keys, D, k.dtype),
+            plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=COMPUTE),
+            plgpu.Barrier(num_barriers=ring.slots),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=ring.slots),
+        ),
+        **gpu_tile.launch(NAME, (N, table.shape[1]), ("sequence", "block"), interpret),
+    )(table, jnp.arange(k.shape[1], dtype=jnp.int32), gpu_tile.stacked(numbers), q, k, v)

@@ -1,0 +1,201 @@
+"""What a warpgroup does with tiles: products, layouts, scores.
+
+Mosaic's interpreter has no layouts and no `wgmma` with a transposed operand or one in registers. Interpreted, the
+functions here that touch those are plain operations on the same values; all that calls them, which is the order of the
+copies, the barriers, the masks and the sums, is the same program either way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.gpu_plan import COMPUTE, LOG2E, MASKED, Plan, Ring
+
+MATRIX = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+"""A number for each row of a matrix."""
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+"""A number for each column of a matrix."""
+
+ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+REALS = ("slope", "lse", "delta")
+"""Numbers of queries that are float32; the others are int32: "stop", "first", "index"."""
+
+
+def tile_memory(plan: Plan, count: int, rows: int, width: int, dtype: Any) -> Any:
+    """Shared memory for `count` matrices as the matrix units and the copies want them."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    transforms = () if plan.interpret else (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((count, rows, width), dtype, transforms=transforms)
+
+
+def full(plan: Plan, shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+    """A constant in registers."""
+    constant = jnp.full(shape, value, jnp.float32)
+    return constant if plan.interpret else plgpu.layout_cast(constant, layout)
+
+
+def over(x: jax.Array, shape: tuple[int, ...], layout: Any) -> jax.Array:
+    """A vector as a matrix."""
+    return jax.lax.broadcast_in_dim(x, shape, [0 if layout == ROW else 1])
+
+
+def products(plan: Plan, *pairs: tuple[Any, Any]) -> list[jax.Array]:
+    """a b^T of each pair of matrices in shared memory, float32; all are under way before the first is awaited."""
+    if plan.interpret:
+        return [_dot(a[...], b[...], 1) for a, b in pairs]
+
+    def run(*sums: Any) -> list[jax.Array]:
+        for sum_ref, (a, b) in zip(sums, pairs, strict=True):
+            plgpu.wgmma(sum_ref, a, plgpu.transpose_ref(b, (1, 0)))
+        return [sum_ref[...] for sum_ref in sums]
+
+    return pl.run_scoped(run, *(ACC((a.shape[0], b.shape[0]), jnp.float32) for a, b in pairs))
+
+
+def add_product(plan: Plan, total: jax.Array, a: Any, b: Any) -> jax.Array:
+    """total + a b: a in registers or in shared memory, b in shared memory."""
+    if plan.interpret:
+        return total + _dot(a[...], b[...], 0)
+
+    def run(sum_ref: Any) -> jax.Array:
+        sum_ref[...] = total
+        plgpu.wgmma(sum_ref, a, b)
+        return sum_ref[...]
+
+    return pl.run_scoped(run, ACC(total.shape, jnp.float32))
+
+
+def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def scores(
+    plan: Plan, products: jax.Array, key: Any, masked: bool, numbers_of: dict[str, jax.Array], layout: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scores z of a tile, MASKED where they are not seen (a weight is exp2(unit z)), and the tanh of the soft-cap.
+
+    products: q k^T. layout: ROW where rows are queries, COLUMN where columns are; numbers_of: of the queries. key: ()
+    -> int32 matrix of the keys' numbers.
+    """
+    shape = (products.shape[0], products.shape[1])
+    z, tanh = products, None
+    if plan.soft_cap is not None:
+        # tanh.approx is good to 11 bits only; this is two transcendentals.
+        double = jnp.exp2(products * (2.0 * LOG2E * plan.scale / plan.soft_cap))
+        tanh = 1.0 - 2.0 / (double + 1.0)
+        z = tanh * (plan.soft_cap * LOG2E)
+    elif plan.alibi:
+        z = z * (plan.scale * LOG2E)
+    if plan.alibi:
+        distance = jnp.abs(over(numbers_of["index"], shape, layout) - key()).astype(jnp.float32)
+        z = z - over(numbers_of["slope"], shape, layout) * distance
+    if not masked:
+        return z, tanh
+    seen = key() < over(numbers_of["stop"], shape, layout)
+    if plan.ranged:
+        seen = seen & (key() >= over(numbers_of["first"], shape, layout))
+    return jnp.where(seen, z, MASKED), tanh
+
+
+def keys_as_columns(plan: Plan, places_ref: Any, start: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers of the keys from `start` on, for a matrix [queries, keys].
+
+    They are read from memory: made in registers, they would stay there throughout the loop, 16 that the kernel of dQ
+    does not have.
+    """
+    places = places_ref.at[pl.ds(start, shape[1])]
+    found = places[...] if plan.interpret else plgpu.load(places, (), layout=COLUMN, optimized=False)
+    return over(found, shape, COLUMN)
+
+
+def keys_as_rows(plan: Plan, start: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers of the keys from `start` on, for a matrix [keys, queries]."""
+    places = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return (places if plan.interpret else plgpu.layout_cast(places, MATRIX)) + start
+
+
+def for_tiles(bounds: Any, tile: Any, carry: Any, ranged: bool) -> Any:
+    """tile(index, masked, carry) -> carry over [low, full), [full, high) and [high, end)."""
+    low, begin, high, end = bounds
+    if ranged:
+        carry = jax.lax.fori_loop(low, begin, lambda i, c: tile(i, True, c), carry)
+    carry = jax.lax.fori_loop(begin, high, lambda i, c: tile(i, False, c), carry)
+    return jax.lax.fori_loop(high, end, lambda i, c: tile(i, True, c), carry)
+
+
+def bounds_of(table_ref: Any, *index: Any) -> tuple[Any, Any, Any, Any]:
+    """Four numbers of a table in memory."""
+    a, b, c, d = (table_ref[(*index, i)] for i in range(4))
+    return a, b, c, d
+
+
+def copy_in_turn(count: Any, slots: int, empty: list[Any], copy: Any) -> None:
+    """The copying warpgroup's loop: copy(step, slot) for `count` steps, each into a slot that all have left.
+
+    It stays until the last tile is read, so that every phase of a barrier is seen by those who wait at it.
+    """
+
+    def one(step: Any, carry: None) -> None:
+        slot = jax.lax.rem(step, jnp.int32(slots))
+
+        @pl.when(step >= slots)
+        def _() -> None:
+            for barrier in empty:
+                plgpu.barrier_wait(barrier.at[slot])
+
+        @pl.when(step < count)
+        def _() -> None:
+            copy(step, slot)
+
+    jax.lax.fori_loop(0, count + jnp.minimum(count, slots), one, None)
+
+
+def copy_keys_and_values(
+    ring: Ring, sequence: Any, bounds: Any, k_ref: Any, v_ref: Any, tiles: Any, full: Any, empty: Any
+) -> None:
+    """Tiles of keys and of values in turn, from the first to the last that `bounds` name."""
+
+    def copy(step: Any, slot: Any) -> None:
+        keys = pl.ds((bounds[0] + step // 2) * ring.keys, ring.keys)
+        for of_values, ref in enumerate((k_ref, v_ref)):
+
+            @pl.when(jax.lax.rem(step, 2) == of_values)
+            def _(ref: Any = ref) -> None:
+                plgpu.copy_gmem_to_smem(ref.at[sequence, keys], tiles.at[slot], full.at[slot])
+
+    copy_in_turn(2 * (bounds[3] - bounds[0]), ring.slots, [empty], copy)
+
+
+def stacked(of_rows: dict[str, jax.Array]) -> jax.Array:
+    """int32 [N, F, R] of F numbers a row, [N, R] each; float32 ones by their bits."""
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in of_rows.values()]
+    return jnp.stack(bits, axis=1)
+
+
+def numbers(plan: Plan, names: tuple[str, ...], ref: Any, layout: Any) -> dict[str, jax.Array]:
+    """By name, the numbers of queries in a [F, n] of any memory."""
+    found = {}
+    for index, name in enumerate(names):
+        bits = ref[index] if plan.interpret else plgpu.load(ref, (index,), layout=layout, optimized=False)
+        found[name] = jax.lax.bitcast_convert_type(bits, jnp.float32) if name in REALS else bits
+    return found
+
+
+def launch(name: str, grid: tuple[int, ...], grid_names: tuple[str, ...], interpret: Any) -> dict[str, Any]:
+    """What all the kernels are launched with. jax 0.11 made another lowering its default: this one is named."""
+    return dict(
+        grid=grid,
+        grid_names=grid_names,
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        interpret=interpret or None,
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
