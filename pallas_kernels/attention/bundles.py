@@ -62,7 +62,7 @@ def plan_of(which: str, length: int, heads: int, blocks: Blocks) -> Plan:
         largest=blocks.keys,
         cores=blocks.cores if which == "backward" else 1,
         mask=Mask(),
-        fields=("stop",),
+        fields=(),
         scale=1.0,
         soft_cap=None,
         signed=False,

@@ -116,11 +116,11 @@ def _forward_part(
     pack = _Packing(q, k, static, static.tuning.forward)
     plan = pack.plan(_fields(static, slopes))
     table = bounds_table(plan, *pack.per_sequence(first, stop)) if plan.mask is None else None
-    fields = jnp.stack(pack.fields(plan.fields, first, stop, slopes, offset), axis=1)
+    fields = pack.fields(plan.fields, first, stop, slopes, offset)
     out, lse = tpu_forward.forward(
         plan,
         table,
-        fields,
+        jnp.stack(fields, axis=1) if fields else None,
         pack.rows(q),
         pack.keys(k),
         pack.keys(v),
@@ -192,8 +192,9 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _fields(static: _Static, slopes: Any) -> tuple[str, ...]:
-    below = static.mask is None or static.mask.window is not None
-    return ("stop", *(("first",) if below else ()), *(("index", "slope") if slopes is not None else ()))
+    # What a mask alone decides, a kernel knows from its indices.
+    bounds = ("stop", "first") if static.mask is None else ()
+    return (*bounds, *(("index", "slope") if slopes is not None else ()))
 
 
 class _Packing:

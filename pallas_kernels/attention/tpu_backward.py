@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu_plan import LANES, Plan, column, columns, dot, for_each_tile, scores
+from pallas_kernels.attention.tpu_plan import LANES, Plan, column, columns, dot, for_each_tile, scores, split
 
 NAME = "palmjax_attention_backward"
 PRODUCTS = 5
@@ -25,7 +25,9 @@ def block_of(core: Any, step: Any, cores: int) -> Any:
     return step if cores == 1 else 2 * step + ((step + core) & 1)
 
 
-def _kernel(plan: Plan, table_ref: Any, fields_ref: Any, q_ref: Any, do_ref: Any, k_ref: Any, v_ref: Any, *refs: Any):
+def _kernel(plan: Plan, *refs: Any) -> None:
+    table_ref, fields_ref, refs = split(plan, refs)
+    q_ref, do_ref, k_ref, v_ref, *refs = refs
     dq_ref, dk_hbm, dv_hbm, dq_sum, dk_sum, dv_sum, columns_ref, sent = refs
     n, core, step = (pl.program_id(axis) for axis in range(3))
 
@@ -35,11 +37,12 @@ def _kernel(plan: Plan, table_ref: Any, fields_ref: Any, q_ref: Any, do_ref: Any
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
     columns(plan, fields_ref, columns_ref)
+    block = block_of(core, step, plan.cores)
 
     def tile(start: Any, size: int, masked: bool, first: bool) -> None:
         keys = pl.ds(start, size)
         q, do, k = q_ref[0], do_ref[0], k_ref[0, keys, :]
-        z, seen, tanh = scores(plan, q, k, start, masked, columns_ref)
+        z, seen, tanh = scores(plan, q, k, block, start, masked, columns_ref)
         weights = jnp.exp2(z * plan.unit - column(plan, columns_ref, "lse", size))
         if seen is not None:
             weights = jnp.where(seen, weights, 0.0)
@@ -56,7 +59,6 @@ def _kernel(plan: Plan, table_ref: Any, fields_ref: Any, q_ref: Any, do_ref: Any
         else:
             dq_sum[...] += dq
 
-    block = block_of(core, step, plan.cores)
     for_each_tile(plan, plan.bounds(block, table_ref, n), tile)
     dq_ref[0] = (dq_sum[...] * plan.scale).astype(dq_ref.dtype)
 
@@ -101,10 +103,9 @@ def backward(
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     sums = jax.ShapeDtypeStruct((N, plan.cores, S, D), jnp.float32)
     given = () if table is None else (table,)
-    kernel = functools.partial(_kernel, plan) if given else functools.partial(_kernel, plan, None)
     flops = plan.flops(PRODUCTS, D, N)
     dq, dk, dv = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(given),
             grid=(N, plan.cores, plan.blocks // plan.cores),

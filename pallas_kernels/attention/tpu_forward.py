@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.tpu_plan import LANES, LN2, LOG2E, Plan, columns, dot, for_each_tile, scores
+from pallas_kernels.attention.tpu_plan import LANES, LN2, LOG2E, Plan, columns, dot, for_each_tile, scores, split
 
 NAME = "palmjax_attention_forward"
 PRODUCTS = 2
@@ -28,17 +28,19 @@ def zigzag(step: Any, blocks: int) -> Any:
     """A step's query block: first, last, second, last but one. Under a causal mask any half of the steps, which is what
     one of two cores gets, is then half of the work.
     """
-    return jnp.where(step % 2 == 0, step >> 1, blocks - 1 - (step >> 1))
+    return jnp.where(step & 1 == 0, step >> 1, blocks - 1 - (step >> 1))
 
 
-def _kernel(plan: Plan, table_ref: Any, fields_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any) -> None:
-    out_ref, lse_ref, top_ref, total_ref, sum_ref, columns_ref = refs
+def _kernel(plan: Plan, *refs: Any) -> None:
+    table_ref, fields_ref, refs = split(plan, refs)
+    q_ref, k_ref, v_ref, out_ref, lse_ref, top_ref, total_ref, sum_ref = refs[:8]
+    columns_ref = refs[8] if plan.fields else None
     block = zigzag(pl.program_id(1), plan.blocks)
     columns(plan, fields_ref, columns_ref)
 
     def tile(start: Any, size: int, masked: bool, first: bool) -> None:
         keys = pl.ds(start, size)
-        z, seen, _ = scores(plan, q_ref[0], k_ref[0, keys, :], start, masked, columns_ref)
+        z, seen, _ = scores(plan, q_ref[0], k_ref[0, keys, :], block, start, masked, columns_ref)
         if seen is not None:
             z = jnp.where(seen, z, MASKED)
         top = jnp.max(z, axis=1, keepdims=True)
@@ -79,7 +81,7 @@ def _finish(plan: Plan, out_ref: Any, lse_ref: Any, top: Any, total: Any, sum_re
 def forward(
     plan: Plan,
     table: jax.Array | None,
-    fields: jax.Array,
+    fields: jax.Array | None,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -89,7 +91,7 @@ def forward(
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse). q, out: [N, R, D], R = blocks x rows, D a multiple of 128; k, v: [N, S, D]; fields: float32
-    [N, F, R]; table: `bounds_table` when ranges are data; lse: float32 [N, 1, R].
+    [N, F, R], None where the plan has none; table: `bounds_table` when ranges are data; lse: float32 [N, 1, R].
     """
     N, R, D = q.shape
     S = k.shape[1]
@@ -101,17 +103,17 @@ def forward(
         pltpu.VMEM((plan.rows, LANES), jnp.float32),
         pltpu.VMEM((plan.rows, LANES), jnp.float32),
         pltpu.VMEM((plan.rows, D), jnp.float32),
-        pltpu.VMEM((len(plan.fields), plan.rows, LANES), jnp.float32),
     ]
-    given = () if table is None else (table,)
-    kernel = functools.partial(_kernel, plan) if given else functools.partial(_kernel, plan, None)
+    if plan.fields:
+        scratch.append(pltpu.VMEM((len(plan.fields), plan.rows, LANES), jnp.float32))
+    given = [x for x in (table, fields) if x is not None]
     flops = plan.flops(PRODUCTS, D, N)
     return pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(given),
+            num_scalar_prefetch=int(table is not None),
             grid=(N, plan.blocks),
-            in_specs=[per_row, row, whole, whole],
+            in_specs=[*([per_row] if plan.fields else []), row, whole, whole],
             out_specs=[row, lanes],
             scratch_shapes=scratch,
         ),
@@ -127,4 +129,4 @@ def forward(
         ),
         interpret=interpret,
         name=NAME,
-    )(*given, fields, q, k, v)
+    )(*given, q, k, v)

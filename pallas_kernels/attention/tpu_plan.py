@@ -96,7 +96,7 @@ class Plan:
     @property
     def from_below(self) -> bool:
         """Whether a key may be too far back."""
-        return "first" in self.fields
+        return "first" in self.fields if self.mask is None else self.mask.window is not None
 
     @property
     def one_chunk_of_diagonal(self) -> bool:
@@ -196,6 +196,13 @@ def for_each_tile(plan: Plan, bounds: tuple[Any, Any, Any, Any], tile: Any) -> N
             tile(pl.multiple_of((full + done) << shift, CHUNK), size, False, False)
 
 
+def split(plan: Plan, refs: tuple[Any, ...]) -> tuple[Any, Any, tuple[Any, ...]]:
+    """A kernel's refs as (table or None, fields or None, the rest): no operand is handed over that nobody reads."""
+    table, refs = (refs[0], refs[1:]) if plan.mask is None else (None, refs)
+    fields, refs = (refs[0], refs[1:]) if plan.fields else (None, refs)
+    return table, fields, refs
+
+
 def columns(plan: Plan, fields_ref: Any, columns_ref: Any) -> None:
     """Per-row numbers from lanes [1, F, rows] to columns [F, rows, LANES], each lane the same."""
     for index in range(len(plan.fields)):
@@ -210,7 +217,7 @@ def column(plan: Plan, columns_ref: Any, name: str, size: int) -> jax.Array:
 
 
 def scores(
-    plan: Plan, q: jax.Array, k: jax.Array, start: Any, masked: bool, columns_ref: Any
+    plan: Plan, q: jax.Array, k: jax.Array, block: Any, start: Any, masked: bool, columns_ref: Any
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Scores z of a tile [rows, size] (a weight is exp2(unit z)), where they are seen (None: everywhere), and the tanh
     of the soft-cap.
@@ -229,10 +236,29 @@ def scores(
         z = z - column(plan, columns_ref, "slope", size) * (jnp.abs(back) if plan.signed else back)
     if not masked:
         return z, None, tanh
+    if plan.mask is not None:
+        return z, _seen_by_mask(plan, block, start, size), tanh
     seen = key < column(plan, columns_ref, "stop", size)
     if plan.from_below:
         seen = seen & (key >= column(plan, columns_ref, "first", size))
     return z, seen, tanh
+
+
+def _seen_by_mask(plan: Plan, block: Any, start: Any, size: int) -> jax.Array:
+    """What a mask that no data changes shows of a tile, by its indices alone: bool [rows, size].
+
+    Row r of a block is its token r // heads; a key is at most that token where heads * key <= r, without a division.
+    """
+    mask, heads = plan.mask, plan.heads
+    assert mask is not None
+    shape = (plan.rows, size)
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    ahead = start - block * plan.tokens
+    seen = key * heads <= row - ahead * heads if mask.causal else key < plan.length - start
+    if mask.window is not None:
+        seen = seen & ((key + mask.window) * heads > row - ahead * heads)
+    return seen
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
