@@ -1,4 +1,5 @@
-"""Kernels compiled for TPUs that are not at hand, and what the compiler's final listing says of them. Needs libtpu.
+"""Kernels compiled for TPUs that are not at hand, what the compiler's final listing says of them, and how many cycles
+its static profiler simulates. Needs libtpu.
 
     python -m pallas_kernels.aot '{"chip": "TPU v4", "target": "module:function", "arguments": {...}}'
 
@@ -105,21 +106,12 @@ def listings(chip: str, target: str, **arguments: Any) -> dict[str, list[Block]]
 
     Raises CompileError.
     """
-    job = json.dumps({"chip": chip, "target": target, "arguments": arguments})
     with tempfile.TemporaryDirectory() as folder:
         flags = (
             f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_html=false "
             "--xla_jf_emit_annotations=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
         )
-        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1"}
-        environment = {**os.environ, **quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
-        # A compiled program from the cache would leave no listing.
-        environment |= {"LIBTPU_INIT_ARGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        done = subprocess.run(
-            [sys.executable, "-m", "pallas_kernels.aot", job], env=environment, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise CompileError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:400])
+        _compile_apart(flags, {"chip": chip, "target": target, "arguments": arguments})
         kernels = {}
         for path in sorted(Path(folder).glob("*-final_bundles.txt")):
             name = re.fullmatch(r"\d+-(.*?)(\.\d+)?-\d+-final_bundles", path.stem)
@@ -128,11 +120,55 @@ def listings(chip: str, target: str, **arguments: Any) -> dict[str, list[Block]]
         return kernels
 
 
+SIMULATED = ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
+"""Chips that the compiler's static profiler knows: it aborts on TPU v4, whose DMA it has no model of."""
+
+
+def simulated(chip: str, target: str, **arguments: Any) -> dict[str, int]:
+    """Kernel name to cycles of one core, of what `target` returns for `arguments`, by the compiler's static profiler:
+    it runs the scalar program, unrolls the loops and models waits for memory and for the matrix units.
+
+    It takes operands in scalar memory for zeros: of a kernel whose loops depend on such data it knows nothing. Callers
+    check a result against `FLOPS_PER_CYCLE`. Raises CompileError, and ValueError for a chip that it does not know.
+    """
+    if chip not in SIMULATED:
+        raise ValueError(f"aot: the compiler does not simulate {chip!r}; it does {', '.join(SIMULATED)}")
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_static_llo_profile_to={folder}"
+        text = _compile_apart(flags, {"chip": chip, "target": target, "arguments": arguments})
+    return {name: int(found) for name, found in json.loads(text.strip().splitlines()[-1]).items()}
+
+
+def _compile_apart(flags: str, job: dict[str, Any]) -> str:
+    """What a process of its own says that compiled `job` with the compiler's `flags`. Raises CompileError."""
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1"}
+    environment = {**os.environ, **quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    # A compiled program from the cache would leave no listing.
+    environment |= {"LIBTPU_INIT_ARGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-m", "pallas_kernels.aot", json.dumps(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if re.match(r"\S*Error: |F\d{4} ", line)]
+        raise CompileError((said or [f"the compiler ended with exit code {done.returncode}"])[-1][:400])
+    return done.stdout
+
+
 def _main(job: str) -> None:
+    """Compiles, and prints the estimated cycles of each kernel that has them, as JSON."""
     request = json.loads(job)
     module, _, name = request["target"].partition(":")
     function, operands = getattr(importlib.import_module(module), name)(chip=request["chip"], **request["arguments"])
-    compile_for(request["chip"], function, operands)
+    program = compile_for(request["chip"], function, operands)
+    found = {}
+    if "static_llo_profile" in os.environ.get("LIBTPU_INIT_ARGS", ""):
+        for line in program.as_text().splitlines():
+            name, cycles = (
+                re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line),
+                re.search(r'estimated_cycles":"?(\d+)', line),
+            )
+            if name and cycles and "tpu_custom_call" in line:
+                found[name[1]] = cycles[1]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

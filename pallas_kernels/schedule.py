@@ -34,7 +34,8 @@ def cycles(
 
     chip: a device kind, as jax names it. flops: what the call's CostEstimate states, of one device. width: head
     dimension. length: tokens a row. The cycles are those of the matrix units at peak over the share of the peak that
-    the compiler's final listing (bundles, without waits) shows for the nearest row; with no row, the peak itself.
+    the compiler shows for the nearest row (simulated cycles, or the bundles of its listing, without waits); with no
+    row, the peak itself.
     Raises ValueError for an op or a chip that the package does not know.
     """
     kernel = kernel_in(op)
@@ -46,11 +47,12 @@ def cycles(
     row = _nearest(chip, width, length, dtype)
     which = "forward" if kernel == tpu_forward.NAME else "backward"
     cost = None if row is None else getattr(row, f"{which}_cost")
-    if row is None or cost is None or row.source != "bundles":
+    source = None if row is None else row.source if which == "forward" else row.backward_source
+    if row is None or cost is None or source not in ("bundles", "simulated"):
         return peak, "matrix units' peak"
     stated = _stated_flops(row, which)
     share = stated / (FLOPS_PER_CYCLE[chip] * CORES.get(chip, 1)) / cost
-    return peak / share, f"bundles of the tuned row T={row.length} D={row.head_dim} ({share:.0%} of the peak)"
+    return peak / share, f"{source} of the tuned row T={row.length} D={row.head_dim} ({share:.0%} of the peak)"
 
 
 def _nearest(chip: str, width: int, length: int, dtype: str) -> table.Row | None:

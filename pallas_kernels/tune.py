@@ -1,7 +1,8 @@
 """Block sizes for a chip: tries some, writes `attention/tuned/<chip>.json`.
 
     python -m pallas_kernels.tune                       # the TPU at hand: each candidate is timed
-    python -m pallas_kernels.tune --chip "TPU v4"       # any TPU, through libtpu's compiler: bundles are counted
+    python -m pallas_kernels.tune --chip "TPU v5"       # any TPU, through libtpu's compiler: cycles are simulated, and
+                                                        # bundles are counted where it does not simulate
 
 A candidate counts only if it also compiles, at the longest row it claims, with segments, prefix, window, ALiBi and
 soft-cap together, which is what takes most memory. Nothing else in the package runs or writes at import or in a kernel.
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +30,41 @@ from pallas_kernels.attention import bundles, table
 VMEM_MIB: dict[str, int | None] = {"TPU v4": None, "TPU v5 lite": 64, "TPU v5": 64, "TPU v6 lite": 64, "TPU7x": 44}
 """What a kernel may take: v4 has 16 MiB a core, its compiler's own limit; the others 128 (TPU7x 64)."""
 
-SHAPES = ((2048, 16, 256, "bfloat16"), (2048, 16, 128, "bfloat16"), (2048, 16, 256, "float32"))
-"""(length, heads, head_dim, dtype) of the rows."""
+WIDE = "bfloat16"
+SHAPES = (
+    (2048, 16, 256, WIDE),
+    (2048, 16, 128, WIDE),
+    (2048, 16, 256, "float32"),
+    # PaLM 540B's 48 heads, whole and a twelfth of them, 62B's 32, and rows four times as long.
+    (2048, 4, 256, WIDE),
+    (2048, 32, 256, WIDE),
+    (2048, 48, 256, WIDE),
+    (8192, 16, 256, WIDE),
+)
+"""(length, heads, head_dim, dtype) of the rows. Heads of 64 are padded to 128 lanes and take those rows."""
 
 KEYS = {"TPU v4": 2048}
 """Most keys held at once: dK, dV, K and V are 3 KiB a key at 256 wide. Elsewhere LONG."""
 
 LONG = 8192
 
+ROWS = {"forward": (2048, 1024), "backward": (1024,)}
+TILES = {"forward": (1024, 512, 256), "backward": (512, 256)}
+"""Of a pass: query rows of a block, and keys of a tile, the first that was best on most chips first."""
+
 
 def candidates(chip: str, width: int, dtype: str) -> Iterator[dict[str, Any]]:
     """Tunings to try, of one chip."""
     small = 2 if dtype == "float32" else 1
     keys = KEYS.get(chip, LONG) // small * (2 if width < 256 else 1)
-    for rows in (1024, 2048, 512):
-        for size in (256, 512, 1024):
-            block = {
-                "rows": rows // small,
-                "keys": size,
-                "vmem_mib": VMEM_MIB[chip],
-                "cores": aot.CORES.get(chip, 1),
-            }
-            yield {"forward": block, "backward": block, "forward_keys": keys, "backward_keys": keys}
+    limits = {"vmem_mib": VMEM_MIB[chip], "cores": aot.CORES.get(chip, 1)}
+    tries = {which: [(rows // small, tile) for rows in ROWS[which] for tile in TILES[which]] for which in ROWS}
+    for forward, backward in itertools.zip_longest(*tries.values(), fillvalue=tries["backward"][-1]):
+        blocks = {
+            which: {"rows": rows, "keys": tile, **limits}
+            for which, (rows, tile) in (("forward", forward), ("backward", backward))
+        }
+        yield {**blocks, "forward_keys": keys, "backward_keys": keys}
 
 
 def compiles(chip: str, heads: int, width: int, dtype: str, tuning: dict[str, Any]) -> bool:
@@ -81,46 +96,39 @@ def timed(chip: str, length: int, heads: int, width: int, dtype: str, tuning: di
     return {"forward": found["forward"], "backward": max(found["both"] - found["forward"], 1)}
 
 
-def best(chip: str, shape: tuple[int, int, int, str], at_hand: bool) -> dict[str, Any]:
-    """One row: the best candidate of each pass; of float32, whose products are loops of their own in the listing, the
-    first that compiles. Raises ValueError if none does.
+def best(
+    chip: str, shape: tuple[int, int, int, str], at_hand: bool, tries: Iterable[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """One row: the best of `tries` (`candidates`) for each pass; of float32, whose products are loops of their own in
+    the listing, the first that compiles. Raises ValueError if none does.
     """
-    length, heads, width, dtype = shape
-    costs: dict[str, list[tuple[int, dict[str, Any]]]] = {"forward": [], "backward": []}
+    _, heads, width, dtype = shape
+    costs: dict[str, list[tuple[int, str, dict[str, Any]]]] = {"forward": [], "backward": []}
     keys: list[int] = []
-    for tuning in candidates(chip, width, dtype):
+    for tuning in tries or candidates(chip, width, dtype):
         if not compiles(chip, heads, width, dtype, tuning):
             continue
-        if dtype == "float32" and not at_hand:
-            return row(chip, shape, tuning, None, None, "compiled")
-        cost = (timed if at_hand else bundles.measure)(chip, length, heads, width, dtype, tuning)
-        print(f"{chip} {shape} rows {tuning['forward']['rows']} keys {tuning['forward']['keys']}: {cost}", flush=True)
+        if not at_hand and dtype == "float32":
+            return row(chip, shape, tuning, {which: (None, "compiled") for which in costs})
+        if at_hand:
+            cost = {which: (us, "measured") for which, us in timed(chip, *shape, tuning).items()}
+        else:
+            cost = bundles.cost(chip, *shape, tuning=tuning)
+        print(f"{chip} {shape} forward {tuning['forward']} backward {tuning['backward']}: {cost}", flush=True)
         keys.append(tuning["forward_keys"])
         for which in costs:
-            costs[which].append((cost[which], tuning[which]))
+            costs[which].append((*cost[which], tuning[which]))
     if not keys:
         raise ValueError(f"no candidate of {shape} compiles for {chip}")
-    chosen = {which: min(costs[which], key=lambda pair: pair[0]) for which in costs}
-    tuning = {which: pair[1] for which, pair in chosen.items()} | {f"{which}_keys": min(keys) for which in costs}
-    return row(
-        chip,
-        shape,
-        tuning,
-        chosen["forward"][0],
-        chosen["backward"][0],
-        "measured" if at_hand else "bundles",
-    )
+    chosen = {which: min(costs[which], key=lambda found: found[0]) for which in costs}
+    tuning = {which: found[2] for which, found in chosen.items()} | {f"{which}_keys": min(keys) for which in costs}
+    return row(chip, shape, tuning, {which: found[:2] for which, found in chosen.items()})
 
 
 def row(
-    chip: str,
-    shape: tuple[int, int, int, str],
-    tuning: dict[str, Any],
-    forward: int | None,
-    backward: int | None,
-    source: str,
+    chip: str, shape: tuple[int, int, int, str], tuning: dict[str, Any], cost: Mapping[str, tuple[int | None, str]]
 ) -> dict[str, Any]:
-    """A row of the table, as JSON."""
+    """A row of the table, as JSON. cost: pass to (cost, source)."""
     length, heads, width, dtype = shape
     return {
         "chip": chip,
@@ -129,9 +137,10 @@ def row(
         "head_dim": width,
         "dtype": dtype,
         "tuning": tuning,
-        "forward_cost": forward,
-        "backward_cost": backward,
-        "source": source,
+        "forward_cost": cost["forward"][0],
+        "backward_cost": cost["backward"][0],
+        "source": cost["forward"][1],
+        "backward_source": cost["backward"][1],
         "provenance": provenance(),
     }
 

@@ -1,5 +1,6 @@
-"""How many instruction bundles a core issues for one of our attention kernels: the listing's blocks times how often
-each runs. Waits for memory and for the matrix units are not in it: it ranks and it guards, it is not a time.
+"""What one of our attention kernels costs a core before it has run on one: cycles that the compiler simulates where it
+can, else instruction bundles, the listing's blocks times how often each runs. Waits for memory and for the matrix units
+are in the former only. Both rank and guard; neither is a time.
 """
 
 from __future__ import annotations
@@ -87,13 +88,16 @@ def _bundles(plan: Plan, mine: list[int], listing: list[aot.Block], zeroing: int
     """Of one core's query blocks `mine`: which tiles each visits decides how often a block of the listing runs.
     zeroing: vector registers that are stored once a sequence, before the first tile.
     """
-    bounds = [tuple(int(x) for x in plan.bounds(block)) for block in mine]
-    chunks = [high - full for _, full, high, _ in bounds]
-    largest, *smaller = (size // CHUNK for size in plan.sizes)
-    # In the listing's order: the loop of masked chunks below the first tile, that of whole tiles, then the rest once.
-    loops = [] if plan.one_chunk_of_diagonal else [sum(end - 1 - high for _, _, high, end in bounds)]
-    loops.append(sum(count // largest for count in chunks))
-    rest = [sum((count // size) & 1 for count in chunks) for size in smaller]
+    tile = plan.tile // CHUNK
+    firsts, masked, whole = [0] * tile, 0, 0
+    for _, full, high, end in (tuple(int(x) for x in plan.bounds(block)) for block in mine):
+        rest = (end - 1 - full) % tile
+        tiles = (end - 1 - rest - full) // tile
+        firsts[rest] += 1
+        whole += min((high - full) // tile, tiles)
+        masked += tiles - min((high - full) // tile, tiles)
+    # In the listing's order: each size that a first tile may have, the loop of masked tiles, that of whole ones.
+    loops = [whole] if plan.one_chunk_of_diagonal else [masked, whole]
     total, seen, first = 0, [], False
     for block in listing:
         if block["depth"] == 0:
@@ -102,13 +106,13 @@ def _bundles(plan: Plan, mine: list[int], listing: list[aot.Block], zeroing: int
             if block["loop"] not in seen:
                 seen.append(block["loop"])
             total += block["bundles"] * loops[seen.index(block["loop"])]
-        elif block["products"] and seen and rest:
-            total += block["bundles"] * rest.pop(0)
+        elif block["products"]:
+            total += block["bundles"] * firsts.pop(0)
+            first = True
         elif block["depth"] == 1:
-            once = zeroing and not first and not block["products"] and block["bundles"] >= zeroing // 2
+            once = zeroing and not first and block["bundles"] >= zeroing // 2
             total += block["bundles"] * (1 if once else len(mine))
-            first |= bool(block["products"])
-    assert not rest, f"{len(rest)} tiles of {plan} are not in the listing"
+    assert not firsts and len(seen) <= len(loops), f"tiles of {plan} and of the listing differ"
     return total
 
 
@@ -135,3 +139,39 @@ def measure(chip: str, length: int, heads: int, head_dim: int, dtype: str, tunin
         plan = plan_of(which, length, heads, blocks)
         result[which] = busiest_core(which, plan, aot.CORES.get(chip, 1), width, kernel(found, PASSES[which]))
     return result
+
+
+def simulate(
+    chip: str, length: int, heads: int, head_dim: int, dtype: str, tuning: dict[str, Any], both: bool = True
+) -> dict[str, int]:
+    """Pass to simulated cycles of one core, for one causal sequence; forward only unless `both`. Raises CompileError,
+    also where a figure is below what the matrix units need, and ValueError for a chip that is not simulated.
+    """
+    shape: dict[str, Any] = dict(length=length, heads=heads, head_dim=head_dim, dtype=dtype, tuning=tuning, both=both)
+    found = aot.simulated(chip, "pallas_kernels.attention.bundles:program", **shape)
+    result = {}
+    for which, products in (("forward", tpu_forward.PRODUCTS), ("backward", tpu_backward.PRODUCTS))[: 1 + both]:
+        result[which] = next(cycles for name, cycles in found.items() if PASSES[which] in name)
+        flops = products * heads * head_dim * length * (length + 1)
+        least = flops / aot.FLOPS_PER_CYCLE[chip] / aot.CORES.get(chip, 1)
+        if result[which] < least:
+            raise aot.CompileError(f"{which}: {result[which]} cycles simulated, the matrix units need {least:.0f}")
+    return result
+
+
+def cost(chip: str, *shape: Any, tuning: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """Pass to (cost, "simulated" or "bundles"): simulated where the compiler does (its profiler aborts on TPU v4, and
+    on the backward pass for v5p).
+    """
+    found: dict[str, tuple[int, str]] = {}
+    if chip in aot.SIMULATED:
+        for both in (True, False):
+            try:
+                cycles = simulate(chip, *shape, tuning=tuning, both=both)
+            except aot.CompileError:
+                continue
+            found = {which: (cycles[which], "simulated") for which in cycles}
+            break
+    if len(found) < len(PASSES):
+        found = {which: (count, "bundles") for which, count in measure(chip, *shape, tuning=tuning).items()} | found
+    return found

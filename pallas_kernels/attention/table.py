@@ -23,9 +23,10 @@ class Row:
     """What was found for one shape on one chip.
 
     length, heads (of one key/value head), head_dim, dtype: the shape, causal, one sequence. forward_cost,
-    backward_cost: of the busiest core; source says of what: "bundles" are instructions of the compiler's final listing
-    times how often each block of them runs, "measured" are microseconds on the chip, "compiled" has no cost and has
-    been shown to compile. provenance: versions and date.
+    backward_cost: of the busiest core; the sources say of what: "simulated" are cycles by the compiler's static
+    profiler, "bundles" instructions of its final listing times how often each block of them runs, "measured" are
+    microseconds on the chip, "compiled" has no cost. Every row has been shown to compile with segments, prefix, window,
+    ALiBi and soft-cap at the most keys. provenance: versions and date.
     """
 
     chip: str
@@ -37,6 +38,7 @@ class Row:
     forward_cost: int | None
     backward_cost: int | None
     source: str
+    backward_source: str
     provenance: dict[str, str]
 
 
@@ -47,7 +49,7 @@ def as_tuning(entry: dict[str, Any]) -> Tuning:
 
 
 def _row(entry: dict[str, Any]) -> Row:
-    return Row(**{**entry, "tuning": as_tuning(entry["tuning"])})
+    return Row(**{"backward_source": entry["source"], **entry, "tuning": as_tuning(entry["tuning"])})
 
 
 @functools.cache

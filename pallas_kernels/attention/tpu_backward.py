@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu_plan import LANES, Plan, column, columns, dot, for_each_tile, scores, split
+from pallas_kernels.attention.tpu_plan import (
+    LANES,
+    Plan,
+    column,
+    columns,
+    dot,
+    for_each_tile,
+    scores,
+    split,
+    where_seen,
+)
 
 NAME = "palmjax_attention_backward"
 PRODUCTS = 5
@@ -39,13 +49,12 @@ def _kernel(plan: Plan, *refs: Any) -> None:
     columns(plan, fields_ref, columns_ref)
     block = block_of(core, step, plan.cores)
 
-    def tile(start: Any, size: int, masked: bool, first: bool) -> None:
+    def tile(start: Any, size: int, masked: int, first: bool) -> None:
         keys = pl.ds(start, size)
         q, do, k = q_ref[0], do_ref[0], k_ref[0, keys, :]
         z, seen, tanh = scores(plan, q, k, block, start, masked, columns_ref)
         weights = jnp.exp2(z * plan.unit - column(plan, columns_ref, "lse", size))
-        if seen is not None:
-            weights = jnp.where(seen, weights, 0.0)
+        weights = where_seen(seen, weights, 0.0)
         d_weights = dot(do, v_ref[0, keys, :], (1, 1))
         d_scores = weights * (d_weights - column(plan, columns_ref, "delta", size))
         if tanh is not None:

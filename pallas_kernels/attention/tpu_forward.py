@@ -11,7 +11,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.tpu_plan import LANES, LN2, LOG2E, Plan, columns, dot, for_each_tile, scores, split
+from pallas_kernels.attention.tpu_plan import (
+    LANES,
+    LN2,
+    LOG2E,
+    Plan,
+    columns,
+    dot,
+    for_each_tile,
+    scores,
+    split,
+    where_seen,
+)
 
 NAME = "palmjax_attention_forward"
 PRODUCTS = 2
@@ -38,11 +49,10 @@ def _kernel(plan: Plan, *refs: Any) -> None:
     block = zigzag(pl.program_id(1), plan.blocks)
     columns(plan, fields_ref, columns_ref)
 
-    def tile(start: Any, size: int, masked: bool, first: bool) -> None:
+    def tile(start: Any, size: int, masked: int, first: bool) -> None:
         keys = pl.ds(start, size)
         z, seen, _ = scores(plan, q_ref[0], k_ref[0, keys, :], block, start, masked, columns_ref)
-        if seen is not None:
-            z = jnp.where(seen, z, MASKED)
+        z = where_seen(seen, z, MASKED)
         top = jnp.max(z, axis=1, keepdims=True)
         if first:
             top = jnp.broadcast_to(jnp.maximum(top, FLOOR), (plan.rows, LANES))

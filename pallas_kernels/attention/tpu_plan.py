@@ -42,9 +42,11 @@ class Blocks:
             raise ValueError(f"Blocks.keys = {self.keys}: must be a power of two, {CHUNK} or more")
 
     def tokens(self, heads: int) -> int:
-        """Tokens of a block: their rows fill whole lane tiles and are as near to `rows` as that allows."""
+        """Tokens of a block: a power of two, so that no block is cut by a chunk's edge, whose rows fill whole lane
+        tiles and are at most `rows`, if that allows.
+        """
         step = self.smallest(heads)
-        return step * max(1, self.rows // (step * heads))
+        return step << (max(1, self.rows // (step * heads)).bit_length() - 1)
 
     @staticmethod
     def smallest(heads: int) -> int:
@@ -83,10 +85,9 @@ class Plan:
         return -(-self.length // (self.tokens * self.cores)) * self.cores
 
     @property
-    def sizes(self) -> list[int]:
-        """Keys of unmasked tiles, the largest first: a run of chunks is some of the first and one of some others."""
-        size = min(self.largest, 1 << (self.keys.bit_length() - 1))
-        return [size >> n for n in range((size // CHUNK).bit_length())]
+    def tile(self) -> int:
+        """Keys of a whole tile."""
+        return min(self.largest, 1 << (self.keys.bit_length() - 1))
 
     @property
     def unit(self) -> float:
@@ -160,40 +161,49 @@ def bounds_table(plan: Plan, first: jax.Array, stop: jax.Array) -> jax.Array:
 
 
 def for_each_tile(plan: Plan, bounds: tuple[Any, Any, Any, Any], tile: Any) -> None:
-    """Calls tile(start, size, masked, first) for what a block sees; the tile with `first` comes before all others."""
+    """Calls tile(start, size, masked, first) for what a block sees; masked: how many of its last keys are.
+
+    The tile with `first` comes before all others. It has the last chunk and as many before it as make the rest whole
+    tiles of the largest size: small tiles cost nearly what large ones do, so there is never more than one.
+    """
     from jax.experimental import pallas as pl
 
     low, full, high, end = bounds
     shift = CHUNK.bit_length() - 1
+    most, largest = plan.tile // CHUNK, plan.tile
+    steps = most.bit_length() - 1
+    rest = (end - 1 - full) & (most - 1)
 
-    def chunk(index: Any, masked: bool, first: bool = False) -> None:
-        tile(pl.multiple_of(index << shift, CHUNK), CHUNK, masked, first)
+    def at(chunk: Any) -> Any:
+        return pl.multiple_of(chunk << shift, CHUNK)
 
-    def masked_chunk(index: Any, carry: None) -> None:
-        chunk(index, True)
+    for more in range(most):
 
-    chunk(end - 1, True, first=True)
+        @pl.when(rest == more)
+        def _(more: int = more) -> None:
+            size = (more + 1) * CHUNK
+            tile(at(end - 1 - more), size, CHUNK if plan.one_chunk_of_diagonal else size, True)
+
     if plan.keys == CHUNK:
         return
+
+    def masked_chunk(index: Any, carry: None) -> None:
+        tile(at(index), CHUNK, CHUNK, False)
+
+    def masked_tile(index: Any, carry: None) -> None:
+        tile(at(full + (index << steps)), largest, largest, False)
+
+    def whole_tile(index: Any, carry: None) -> None:
+        tile(at(full + (index << steps)), largest, 0, False)
+
     if plan.from_below:
         jax.lax.fori_loop(low, full, masked_chunk, None)
+    count = (end - 1 - rest - full) >> steps
+    whole = count
     if not plan.one_chunk_of_diagonal:
-        jax.lax.fori_loop(high, end - 1, masked_chunk, None)
-    largest, *smaller = plan.sizes
-    steps = (largest >> shift).bit_length() - 1
-    count = (high - full) >> steps
-
-    def whole(index: Any, carry: None) -> None:
-        tile(pl.multiple_of((full << shift) + index * largest, CHUNK), largest, False, False)
-
-    jax.lax.fori_loop(0, count, whole, None)
-    for size in smaller:
-        bit = (size >> shift).bit_length() - 1
-
-        @pl.when((((high - full) >> bit) & 1) == 1)
-        def _(size: int = size, bit: int = bit) -> None:
-            done = ((high - full) >> (bit + 1)) << (bit + 1)
-            tile(pl.multiple_of((full + done) << shift, CHUNK), size, False, False)
+        whole = jnp.minimum((high - full) >> steps, count)
+        jax.lax.fori_loop(whole, count, masked_tile, None)
+    jax.lax.fori_loop(0, whole, whole_tile, None)
 
 
 def split(plan: Plan, refs: tuple[Any, ...]) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -217,10 +227,10 @@ def column(plan: Plan, columns_ref: Any, name: str, size: int) -> jax.Array:
 
 
 def scores(
-    plan: Plan, q: jax.Array, k: jax.Array, block: Any, start: Any, masked: bool, columns_ref: Any
+    plan: Plan, q: jax.Array, k: jax.Array, block: Any, start: Any, masked: int, columns_ref: Any
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Scores z of a tile [rows, size] (a weight is exp2(unit z)), where they are seen (None: everywhere), and the tanh
-    of the soft-cap.
+    """Scores z of a tile [rows, size] (a weight is exp2(unit z)), where the last `masked` keys are seen [rows, masked]
+    (None: all are), and the tanh of the soft-cap.
     """
     size = k.shape[0]
     z = dot(q, k, (1, 1))
@@ -237,11 +247,21 @@ def scores(
     if not masked:
         return z, None, tanh
     if plan.mask is not None:
-        return z, _seen_by_mask(plan, block, start, size), tanh
-    seen = key < column(plan, columns_ref, "stop", size)
+        return z, _seen_by_mask(plan, block, start + size - masked, masked), tanh
+    key = key[:, size - masked :]
+    seen = key < column(plan, columns_ref, "stop", masked)
     if plan.from_below:
-        seen = seen & (key >= column(plan, columns_ref, "first", size))
+        seen = seen & (key >= column(plan, columns_ref, "first", masked))
     return z, seen, tanh
+
+
+def where_seen(seen: jax.Array | None, x: jax.Array, filler: float) -> jax.Array:
+    """`x` [rows, size] with `filler` where the last keys are not seen."""
+    if seen is None:
+        return x
+    whole = x.shape[1] - seen.shape[1]
+    last = jnp.where(seen, x[:, whole:], filler)
+    return jnp.concatenate([x[:, :whole], last], axis=1) if whole else last
 
 
 def _seen_by_mask(plan: Plan, block: Any, start: Any, size: int) -> jax.Array:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from pallas_kernels.attention.masks import Mask
-from pallas_kernels.decode_attention import reference, xla
+from pallas_kernels.decode_attention import reference, tpu, xla
+from pallas_kernels.decode_attention.choice import Case, choose
 
-IMPLEMENTATIONS = {"xla": xla.decode_attention, "reference": reference.decode_attention}
 
-
-def explain(impl: str = "auto") -> str:
-    """The name of the implementation that `decode_attention(impl=...)` runs. Raises ValueError for an unknown one."""
-    if impl == "auto":
-        return "xla"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"decode_attention: unknown implementation {impl!r}; there is auto, {', '.join(IMPLEMENTATIONS)}"
-        )
-    return impl
+def explain(impl: str, case: Case, chip: str | None = None) -> str:
+    """What `decode_attention(impl=...)` runs for `case` on `chip`, and why. Raises as `decode_attention` does."""
+    choice = choose(impl, case, chip)
+    return f"decode_attention: {choice.name} ({choice.reason}) for {case}"
 
 
 def decode_attention(
@@ -36,6 +32,8 @@ def decode_attention(
     scale: float | None = None,
     pages: jax.Array | None = None,
     impl: str = "auto",
+    chip: str | None = None,
+    interpret: Any = False,
 ) -> jax.Array:
     """New queries against the cached keys of one layer; entry j of a row's cache is its token at position j.
 
@@ -45,8 +43,9 @@ def decode_attention(
     [B or 1, H or 1, Q or 1, S], added to the scores; scale: of the scores, 1/sqrt(D) by default.
     pages: int32 [B, n], of a paged cache (Kwon et al. 2023): k, v are [L, P, K, C, D], P pages of C entries that rows
     share, and entry j of row b is entry j mod C of page pages[b, j // C]; S is then n C.
-    Returns [B, Q, H, D] in q's dtype; the softmax is float32. Raises ValueError for shapes that do not fit or an
-    unknown `impl`.
+    impl: a name of `choice.NAMES`, or "auto". chip, interpret: as in `attention`.
+    Returns [B, Q, H, D] in q's dtype; the softmax is float32. Raises ValueError for shapes that do not fit, an unknown
+    `impl`, or one that cannot do this call, with the reasons.
     """
     fits = k.shape == v.shape and k.ndim == 5 and q.shape[3] == k.shape[4]
     fits = fits and q.shape[0] == (k.shape[1] if pages is None else pages.shape[0])
@@ -60,20 +59,27 @@ def decode_attention(
     B, Q, H, D = q.shape
     entries = k.shape[2] if pages is None else k.shape[3] * pages.shape[1]
     _check_extras(B, Q, H, entries, prefix, alibi_slopes, soft_cap, bias)
-    return IMPLEMENTATIONS[explain(impl)](
-        q,
-        k,
-        v,
-        positions,
-        layer,
-        mask=mask,
-        scale=D**-0.5 if scale is None else scale,
-        prefix=prefix,
-        alibi_slopes=alibi_slopes,
-        soft_cap=soft_cap,
-        bias=bias,
-        pages=pages,
+    case = Case(
+        rows=B,
+        queries=Q,
+        heads=H,
+        kv_heads=K,
+        entries=entries,
+        head_dim=D,
+        dtype=str(q.dtype),
+        cache_dtype=str(k.dtype),
+        page=None if pages is None else k.shape[3],
+        bias=bias is not None,
     )
+    choice = choose(impl, case, chip)
+    shared: dict[str, Any] = dict(mask=mask, scale=D**-0.5 if scale is None else scale, prefix=prefix, pages=pages)
+    shared |= dict(alibi_slopes=alibi_slopes, soft_cap=soft_cap)
+    if choice.name == "tpu":
+        assert choice.row is not None
+        sizes = {"size": choice.row.size, "cores": choice.row.cores}
+        return tpu.decode_attention(q, k, v, positions, layer, **sizes, interpret=interpret, **shared)
+    run = xla.decode_attention if choice.name == "xla" else reference.decode_attention
+    return run(q, k, v, positions, layer, bias=bias, **shared)
 
 
 def _check_extras(

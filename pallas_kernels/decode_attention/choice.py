@@ -1,0 +1,133 @@
+"""Which implementation of attention against a cache runs, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+from pallas_kernels.attention.tpu_plan import LANES
+
+NAMES = ("tpu", "xla", "reference")
+"""tpu: Mosaic. xla: block by block up to the last filled entry. reference: scores against every entry."""
+
+TABLE = Path(__file__).parent / "tuned.json"
+
+MOST_ROWS = 512
+"""Query rows of one key/value head that the TPU kernel holds: more is a prompt, and no longer bound by the cache."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Shapes of one device's part: B rows of Q new tokens, H query heads, K key/value heads, S entries of a cache.
+
+    page: entries of a page where the cache is paged. bias: whether one is given.
+    """
+
+    rows: int
+    queries: int
+    heads: int
+    kv_heads: int
+    entries: int
+    head_dim: int
+    dtype: str
+    cache_dtype: str
+    page: int | None = None
+    bias: bool = False
+
+    def __str__(self) -> str:
+        extras = [f"pages of {self.page}"] if self.page else []
+        extras += ["bias"] if self.bias else []
+        return ", ".join(
+            [
+                f"q [{self.rows},{self.queries},{self.heads},{self.head_dim}] {self.dtype}",
+                f"{self.entries} entries of {self.kv_heads} heads {self.cache_dtype}",
+                *extras,
+            ]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """Entries of a block (`size`) for one chip and width. cost: of one core, for the shape in `decode_schedule`;
+    source: "simulated" (cycles), "bundles" or "measured" (microseconds). provenance: versions and date.
+    """
+
+    chip: str
+    head_dim: int
+    dtype: str
+    size: int
+    cores: int
+    cost: int
+    source: str
+    provenance: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An implementation's name, the reason for it as people read it, and its row of the table if it has one."""
+
+    name: str
+    reason: str
+    row: Row | None = None
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+    """The table."""
+    return tuple(Row(**entry) for entry in json.loads(TABLE.read_text()))
+
+
+def find(case: Case, chip: str | None) -> Row | None:
+    """The row for `case`: of its chip, the nearest width, the cache's dtype before others."""
+    fits = [row for row in rows() if row.chip == chip]
+    return min(fits, key=lambda row: (row.dtype != case.cache_dtype, abs(row.head_dim - case.head_dim)), default=None)
+
+
+def refusals(impl: str, case: Case, chip: str | None) -> list[str]:
+    """Every reason for which `impl` cannot do `case` on `chip`."""
+    if impl != "tpu":
+        return []
+    reasons = ["no dense bias; ALiBi is computed in the kernel from its slopes"] if case.bias else []
+    if find(case, chip) is None:
+        chips = sorted({row.chip for row in rows()})
+        reasons.append(f"chip {chip!r}: the table has {', '.join(chips)}")
+    if case.dtype != case.cache_dtype or case.dtype not in ("bfloat16", "float32"):
+        reasons.append(f"q {case.dtype}, cache {case.cache_dtype}: it has bfloat16 and float32, both alike")
+    if case.head_dim % LANES and case.kv_heads > 1:
+        reasons.append(
+            f"head_dim {case.head_dim} of {case.kv_heads} key/value heads: multiples of {LANES}, or one head"
+        )
+    if case.head_dim > 256:
+        reasons.append(f"head_dim {case.head_dim}: at most 256")
+    of_head = case.queries * case.heads // case.kv_heads
+    if of_head > MOST_ROWS:
+        reasons.append(f"{of_head} query rows a key/value head: at most {MOST_ROWS}")
+    if case.page is not None and case.page % LANES:
+        reasons.append(f"pages of {case.page} entries: multiples of {LANES}, each is one copy")
+    return reasons
+
+
+def choose(impl: str, case: Case, chip: str | None) -> Choice:
+    """The implementation of `case` on `chip` (a device kind, as jax names it; None for a CPU).
+
+    Raises ValueError with every reason, and the names of those that could, when the named one can't do it.
+    """
+    if impl != "auto" and impl not in NAMES:
+        raise ValueError(f"decode_attention: unknown implementation {impl!r}; there is auto, {', '.join(NAMES)}")
+    if impl != "auto":
+        if reasons := refusals(impl, case, chip):
+            could = [name for name in NAMES if not refusals(name, case, chip)]
+            raise ValueError(
+                f"decode_attention: {impl} cannot do {case} on {chip or 'cpu'}: {'; '.join(reasons)}. "
+                f"Could: {', '.join(could)}"
+            )
+        return Choice(impl, "named", find(case, chip) if impl == "tpu" else None)
+    if chip is None or not chip.startswith("TPU"):
+        return Choice("xla", f"on {chip or 'cpu'}")
+    if reasons := refusals("tpu", case, chip):
+        return Choice("xla", f"not tpu: {'; '.join(reasons)}")
+    row = find(case, chip)
+    assert row is not None
+    return Choice("tpu", f"{chip}; blocks of {row.size} entries, {row.source}", row)

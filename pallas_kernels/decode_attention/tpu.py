@@ -1,0 +1,262 @@
+"""Attention against a cache on TPUs through Mosaic: blocks of entries stream through VMEM once, and the softmax adds up
+online. What it takes is the time to read what is filled: blocks that no query of a row sees are neither copied nor
+computed, rows may be of any lengths, and a row's bits do not depend on the others.
+
+One sequence is one row's key/value head with its query heads: [rows, D] against blocks [size, D]. Where sequences do
+not share themselves out over a chip's cores, the cache of each is split among them and the parts are merged by their
+log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention import reference
+from pallas_kernels.attention.masks import Mask
+from pallas_kernels.attention.tpu_plan import LANES, LOG2E, dot
+
+NAME = "palmjax_decode_attention"
+SUBLANES = 16
+"""Query rows are padded to whole tiles of bfloat16."""
+
+MASKED, FLOOR = -1e30, -1e29
+FIELDS = ("first", "stop", "index", "slope")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """rows: of queries, padded, of one sequence; kv_heads: sequences of a row; entries: of the cache; size: entries of
+    a block; splits: of each sequence; paged: blocks are pages; filled: entries that all rows have, when no data says
+    so; else None.
+    """
+
+    rows: int
+    kv_heads: int
+    entries: int
+    size: int
+    splits: int
+    paged: bool
+    alibi: bool
+    scale: float
+    soft_cap: float | None
+    filled: int | None
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.entries // self.size)
+
+    @property
+    def steps(self) -> int:
+        return -(-self.blocks // self.splits)
+
+    def run(self, table: Any, sequence: Any, split: Any) -> tuple[Any, Any]:
+        """(begin, end) of a split's blocks. table: of `_table`."""
+        if self.filled is not None:
+            blocks = -(-self.filled // self.size)
+            return split * blocks // self.splits, (split + 1) * blocks // self.splits
+        begin, end = (table[self._at(sequence) + n] for n in range(2))
+        count = end - begin
+        return begin + split * count // self.splits, begin + (split + 1) * count // self.splits
+
+    def edges(self, table: Any, sequence: Any) -> tuple[Any, Any, Any]:
+        """(largest first, smallest stop, largest stop) of a sequence's queries."""
+        if self.filled is not None:
+            return 0, self.filled, self.filled
+        at = self._at(sequence)
+        return table[at + 2], table[at + 3], table[at + 4]
+
+    def _at(self, sequence: Any) -> Any:
+        row = sequence if self.kv_heads == 1 else jax.lax.div(sequence, self.kv_heads)
+        return 1 + 5 * row
+
+
+def _table(plan: _Plan, layer: Any, first: jax.Array, stop: jax.Array) -> jax.Array:
+    """The layer, then of each row: first block, the one behind the last, largest first, smallest and largest stop."""
+    some = first < stop
+    low = jnp.min(jnp.where(some, first, plan.entries), axis=1) // plan.size
+    most = jnp.max(jnp.where(some, stop, 0), axis=1)
+    end = (most + plan.size - 1) // plan.size
+    columns = jnp.stack([jnp.minimum(low, end), end, jnp.max(first, axis=1), jnp.min(stop, axis=1), most], axis=1)
+    return jnp.concatenate([jnp.asarray(layer, jnp.int32)[None], columns.astype(jnp.int32).reshape(-1)])
+
+
+def _kernel(plan: _Plan, table_ref: Any, *refs: Any) -> None:
+    if plan.paged:
+        refs = refs[1:]
+    fields_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, top_ref, total_ref, sum_ref = refs
+    sequence, split, step = (pl.program_id(axis) for axis in range(3))
+    begin, end = plan.run(table_ref, sequence, split)
+    after, before, behind = plan.edges(table_ref, sequence)
+    start = (begin + step) * plan.size
+
+    @pl.when(step == 0)
+    def _() -> None:
+        top_ref[...] = jnp.full_like(top_ref, FLOOR)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def block(edge: bool) -> None:
+        k, v = (ref[...].reshape(plan.size, ref.shape[-1]) for ref in (k_ref, v_ref))
+        z = dot(q_ref[0], k, (1, 1)) * plan.scale
+        if plan.soft_cap is not None:
+            z = plan.soft_cap * jnp.tanh(z / plan.soft_cap)
+        key = (start + jax.lax.broadcasted_iota(jnp.int32, (1, plan.size), 1)).astype(jnp.float32)
+        fields = {name: fields_ref[0, :, n : n + 1] for n, name in enumerate(FIELDS)}
+        if plan.alibi:
+            z = z - fields["slope"] * jnp.abs(fields["index"] - key)
+        if edge:
+            z = jnp.where((key >= fields["first"]) & (key < fields["stop"]), z, MASKED)
+            # What nobody has written may be NaN, which no zero weight takes away.
+            entry = start + jax.lax.broadcasted_iota(jnp.int32, (plan.size, 1), 0)
+            v = jnp.where(entry < behind, v, jnp.zeros_like(v))
+        top = jnp.maximum(top_ref[...], jnp.max(z, axis=1, keepdims=True))
+        weights = jnp.exp2((z - top[:, :1]) * LOG2E)
+        keep = jnp.exp2((top_ref[...] - top) * LOG2E)
+        total_ref[...] = total_ref[...] * keep + jnp.sum(weights, axis=1, keepdims=True)
+        sum_ref[...] = sum_ref[...] * keep[:, :1] + dot(weights.astype(v.dtype), v, (1, 0))
+        top_ref[...] = top
+
+    mine = begin + step < end
+    whole = (start >= after) & (start + plan.size <= before)
+    pl.when(mine & whole)(functools.partial(block, False))
+    pl.when(mine & jnp.logical_not(whole))(functools.partial(block, True))
+
+    @pl.when(step == plan.steps - 1)
+    def _() -> None:
+        total = total_ref[...]
+        empty = total == 0.0
+        total = jnp.where(empty, 1.0, total)
+        out_ref[0, 0] = (sum_ref[...] / total[:, :1]).astype(out_ref.dtype)
+        lse_ref[0, 0] = jnp.where(empty, reference.EMPTY, top_ref[...] + jnp.log(total))
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    layer: jax.Array | int,
+    *,
+    mask: Mask,
+    scale: float,
+    size: int,
+    cores: int = 1,
+    prefix: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    soft_cap: float | None = None,
+    pages: jax.Array | None = None,
+    filled: int | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Arguments and result as in `api.decode_attention`; not differentiable.
+
+    size: entries of a block; of a paged cache a page is one. cores: of the chip. filled: what every row's cache has, if
+    that is known when the program is built (a yardstick's case); else None.
+    """
+    B, Q, H, D = q.shape
+    K = k.shape[3] if pages is None else k.shape[2]
+    entries = k.shape[2] if pages is None else k.shape[3] * pages.shape[1]
+    plan = _Plan(
+        rows=-(-Q * (H // K) // SUBLANES) * SUBLANES,
+        kv_heads=K,
+        entries=entries,
+        size=min(size, entries) if pages is None else k.shape[3],
+        splits=cores if B * K % cores else 1,
+        paged=pages is not None,
+        alibi=alibi_slopes is not None,
+        scale=scale,
+        soft_cap=soft_cap,
+        filled=filled,
+    )
+    first, stop = seen_range(mask, positions, entries, prefix)
+    packed = _to_rows(jnp.moveaxis(q.reshape(B, Q, K, H // K, D), 1, 3), plan.rows)
+    values = [first, stop, positions]
+    fields = [jnp.broadcast_to(x[:, None, None, :], (B, K, H // K, Q)).astype(jnp.float32) for x in values]
+    slopes = jnp.zeros((H,)) if alibi_slopes is None else alibi_slopes
+    fields.append(jnp.broadcast_to(slopes.reshape(1, K, H // K, 1), (B, K, H // K, Q)).astype(jnp.float32))
+    out, lse = _call(
+        plan,
+        _table(plan, layer, first, stop),
+        pages,
+        _to_rows(jnp.stack(fields, -1), plan.rows),
+        packed,
+        k,
+        v,
+        interpret,
+    )
+    if plan.splits > 1:
+        share = jax.nn.softmax(lse[..., :1], axis=1)
+        out = jnp.sum(share * out, axis=1, keepdims=True)
+    out = out[:, 0, : Q * (H // K)].reshape(B, K, H // K, Q, D)
+    return jnp.moveaxis(out, 3, 1).reshape(B, Q, H, D).astype(q.dtype)
+
+
+def seen_range(mask: Mask, positions: jax.Array, entries: int, prefix: jax.Array | None) -> tuple[Any, Any]:
+    """(first, stop), int32 [B, Q] each: the entries that `reference.seen_entries` lets see."""
+    first = jnp.zeros_like(positions) if mask.window is None else jnp.maximum(positions - mask.window + 1, 0)
+    stop = positions + 1 if mask.causal else jnp.full_like(positions, entries)
+    if prefix is not None:
+        stop = jnp.maximum(stop, prefix[:, None])
+    return first, jnp.clip(stop, 0, entries)
+
+
+def _to_rows(x: jax.Array, rows: int) -> jax.Array:
+    """[B, K, G, Q, n] to [B K, rows, n]; padding rows see nothing."""
+    B, K, G, Q, n = x.shape
+    return jnp.pad(x.reshape(B * K, G * Q, n), ((0, 0), (0, rows - G * Q), (0, 0)))
+
+
+def _call(
+    plan: _Plan, table: Any, pages: Any, fields: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Float32 (out [N, splits, rows, D], lse [N, splits, rows, LANES])."""
+    N, rows, D = q.shape
+    K = plan.kv_heads
+
+    def block_of(n: Any, split: Any, step: Any, table: Any) -> Any:
+        begin, end = plan.run(table, n, split)
+        # A block that is already there is not copied again.
+        return jnp.maximum(jnp.minimum(begin + step, end - 1), 0)
+
+    def at(n: Any, split: Any, step: Any, table: Any, *pages: Any) -> tuple[Any, ...]:
+        block, (row, head) = (
+            block_of(n, split, step, table),
+            (n, 0) if K == 1 else (jax.lax.div(n, K), jax.lax.rem(n, K)),
+        )
+        if plan.paged:
+            return table[0], pages[0][row * plan.blocks + block], head, 0, 0
+        return table[0], row, block, head
+
+    if plan.paged:
+        of_cache = pl.BlockSpec((1, 1, 1, plan.size, D), at)
+    else:
+        of_cache = pl.BlockSpec((1, 1, plan.size, D), at)
+        k, v = (x.reshape(*x.shape[:3], K * D) for x in (k, v))
+    whole = [pl.BlockSpec((1, rows, width), lambda n, *_: (n, 0, 0)) for width in (len(FIELDS), D)]
+    outs = [pl.BlockSpec((1, 1, rows, width), lambda n, split, *_: (n, split, 0, 0)) for width in (D, LANES)]
+    given = (table,) if pages is None else (table, pages.astype(jnp.int32).reshape(-1))
+    read = 2 * N * (plan.filled or plan.entries) * D * k.dtype.itemsize
+    return pl.pallas_call(
+        functools.partial(_kernel, plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(given),
+            grid=(N, plan.splits, plan.steps),
+            in_specs=[*whole, of_cache, of_cache],
+            out_specs=outs,
+            scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32) for width in (LANES, LANES, D)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((N, plan.splits, rows, width), jnp.float32) for width in (D, LANES)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * N * rows * plan.entries * D, transcendentals=N * rows * plan.entries, bytes_accessed=read
+        ),
+        interpret=interpret,
+        name=NAME,
+    )(*given, fields, q, k, v)
