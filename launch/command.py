@@ -12,6 +12,29 @@ AUTO = {"PALMJAX_DISTRIBUTED": "auto"}
 """Environment that makes palmjax take the job's addresses and ranks from the cluster."""
 
 
+FINAL = (0, 2, 65)
+"""Exit codes behind which starting again makes no difference: done, a mistake of the user's, stopped by the guard."""
+
+
+def add_max_restarts(parser: argparse.ArgumentParser, default: int) -> None:
+    """The option that all launchers share."""
+    parser.add_argument(
+        "--max_restarts",
+        "--max-restarts",
+        type=_count,
+        default=default,
+        metavar="N",
+        help="start the job again up to N times after a preemption, a lost process, a hang or a crash; not after a "
+        f"mistake in the configuration or a stop by the guard ({default})",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return int(text)
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The launcher's own options, and palmjax's arguments: all that follows the first `--`.
 

@@ -4,7 +4,8 @@
         --topology 4x4x4 --hosts 16 --slices 2 -- train gin/exp/palm_8b.gin --gin.MODEL_DIR=gs://bucket/run
 
 One pod a host. GKE and JobSet give the pods their addresses and ranks, also across slices. A pod that fails ends the
-attempt, and JobSet starts all of them again, up to `--restarts` times: they go on from the newest checkpoint.
+attempt, and JobSet starts all of them again, up to `--max_restarts` times: they go on from the newest checkpoint. A pod
+that ends by a mistake in the configuration or by the run's own guard ends the JobSet (JobSet 0.6 or newer).
 """
 
 from __future__ import annotations
@@ -44,6 +45,18 @@ def manifest(options: argparse.Namespace, arguments: Sequence[str], added: Mappi
         "completions": options.hosts,
         "backoffLimit": 0,
         "completionMode": "Indexed",
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {
+                        "containerName": container["name"],
+                        "operator": "In",
+                        "values": [code for code in command.FINAL if code],
+                    },
+                }
+            ]
+        },
         "template": {"spec": pod},
     }
     return {
@@ -55,7 +68,10 @@ def manifest(options: argparse.Namespace, arguments: Sequence[str], added: Mappi
             "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
         },
         "spec": {
-            "failurePolicy": {"maxRestarts": options.restarts},
+            "failurePolicy": {
+                "maxRestarts": options.max_restarts,
+                "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
             "replicatedJobs": [{"name": "slice", "replicas": options.slices, "template": {"spec": job}}],
         },
     }
@@ -86,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hosts", type=int, required=True, help="hosts (virtual machines) of a slice")
     parser.add_argument("--chips_per_host", type=int, default=4)
     parser.add_argument("--slices", type=int, default=1)
-    parser.add_argument("--restarts", type=int, default=100)
+    command.add_max_restarts(parser, 100)
     parser.add_argument(
         "--grace", type=int, default=300, help="seconds to save in before a preempted pod is killed (300)"
     )

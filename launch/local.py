@@ -30,8 +30,6 @@ GRACE_SECONDS = 60
 """After one process has failed, the others have this long to leave by themselves."""
 KILL_SECONDS = 10
 """From SIGTERM to SIGKILL for those that did not."""
-FINAL = (0, 2, 65)
-"""Exit codes behind which starting again makes no difference: done, a mistake of the user's, stopped by the guard."""
 RESTART_SECONDS = (1.0, 60.0)
 """The pause before a restart: the first, doubled while the job ends within a minute, and the longest."""
 
@@ -81,7 +79,7 @@ def run_until_done(start: Callable[[dict[str, str], list[int]], int], max_restar
     while True:
         began = time.monotonic()
         code = start(added, asked)
-        if asked or code in FINAL or restarts == max_restarts:
+        if asked or code in command.FINAL or restarts == max_restarts:
             return code
         pause = RESTART_SECONDS[0] if time.monotonic() - began > 60 else pause
         print(f"exit code {code}: restart {restarts + 1} of {max_restarts} in {pause:.0f} s", file=sys.stderr)
@@ -170,14 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each process (1)")
     parser.add_argument("--platform", default="cpu", help="JAX_PLATFORMS of the processes (cpu)")
     parser.add_argument("--port", type=int, help="the coordinator's port (a free one)")
-    parser.add_argument(
-        "--max_restarts", "--max-restarts", type=int, default=0, metavar="N", help="start again up to N times (0)"
-    )
+    command.add_max_restarts(parser, 0)
     options, arguments = command.parse(parser, argv)
     if options.processes < 1 or options.devices < 1:
         parser.error("--processes and --devices are at least 1")
-    if options.max_restarts < 0:
-        parser.error("--max_restarts is at least 0")
 
     def lines() -> list[list[str]]:
         # A free port each time: the last job's may still be closing.

@@ -3,7 +3,8 @@
     python -m launch.slurm --nodes 4 --gpus_per_node 8 --time 24:00:00 -- train gin/exp/palm_8b.gin
 
 The processes find each other through Slurm's own variables. Slurm sends SIGTERM before the time is over; the run saves
-and ends with exit code 75, and the script puts itself back into the queue.
+and ends with exit code 75. Behind every end that another start may help, this one and a lost node alike, the script
+puts itself back into the queue, up to `--max_restarts` times (Slurm counts them, its own requeues included).
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from launch import command
-
-EXIT_PREEMPTED = 75
-"""palmjax's exit code for: saved, run the same command again."""
 
 
 def script(options: argparse.Namespace, arguments: Sequence[str], added: Mapping[str, str]) -> str:
@@ -38,16 +36,27 @@ def script(options: argparse.Namespace, arguments: Sequence[str], added: Mapping
     exports = "\n".join(f"export {key}={shlex.quote(value)}" for key, value in {**command.AUTO, **added}.items())
     setup = f"\n{options.setup}" if options.setup else ""
     line = command.as_shell(command.palmjax(arguments, options.python))
+    final = "|".join(map(str, command.FINAL))
     return f"""#!/bin/bash
 {directives}
 #SBATCH --requeue
 
 {exports}{setup}
+restarts="${{SLURM_RESTART_COUNT:-0}}"
+if [ "$restarts" -gt 0 ]; then
+    export PALMJAX_RESTARTS="$restarts"
+fi
 srun --kill-on-bad-exit=1 {line}
 code=$?
-if [ "$code" -eq {EXIT_PREEMPTED} ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+case "$code" in
+{final}) ;;
+*)
+    if [ "$restarts" -lt {options.max_restarts} ]; then
+        echo "exit code $code: restart $((restarts + 1)) of {options.max_restarts}"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    ;;
+esac
 exit "$code"
 """
 
@@ -63,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--grace", type=int, default=300, help="seconds before the limit at which to save and leave (300)"
     )
+    command.add_max_restarts(parser, 100)
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument(

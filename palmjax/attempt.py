@@ -144,17 +144,11 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
     """
     run, settings, primary = job.run, job.run.settings, jax.process_index() == 0
     # ---- What has been decided ----
-    try:
-        overrides = guard.Overrides.read(run.folder)
-    except ConfigError:
-        if job.overrides is None:
-            raise
-        overrides = job.overrides  # a typing error must not end a run that rewinds; it is told at the next checkpoint
-    job.overrides = overrides
+    overrides = job.overrides = _read_overrides(job)
     if primary:
         guard.remove_void(run.folder, model_dir.steps(run.folder), run.rewinds_at, job.rewinds)
     # Also: nobody looks for the newest checkpoint before the void ones are gone.
-    distributed.agree("guard.json or overrides.json", f"{job.rewinds} {overrides}")
+    distributed.meet("void checkpoints are gone")
     run.follow(overrides, model_dir.newest(run.folder) or 0, job.pool)
     if job.heldout is not None and not job.launched:
         job.pool.submit(job.heldout.compile, run.program.abstract_state.params)
@@ -214,6 +208,24 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
     )
 
 
+def _read_overrides(job: Job) -> guard.Overrides:
+    """What overrides.json says, as process 0 reads it. Raises ConfigError if that can't be followed, unless the run is
+    on its way already: a typing error must not end one that rewinds, and is told at the next checkpoint.
+    """
+    problem, value = "", {}
+    if jax.process_index() == 0:
+        try:
+            value = guard.Overrides.read(job.run.folder).to_json()
+        except ConfigError as error:
+            problem = str(error)
+    problem, value = json.loads(distributed.text_from_first(json.dumps([problem, value])))
+    if not problem:
+        return guard.Overrides.from_json(value)
+    if job.overrides is None:
+        raise ConfigError(problem)
+    return job.overrides
+
+
 def _announce(
     job: Job, recorder: Recorder, start: checkpoint.Start, first: int, skips: Skips, overrides: guard.Overrides
 ) -> None:
@@ -241,7 +253,7 @@ def _announce(
     for lost in start.skipped:
         recorder.event("restore skipped", checkpoint=lost.step, reason=lost.reason, path=lost.path)
         recorder.message(f"checkpoint_{lost.step} was passed over: {lost.reason}; it lies in {lost.path}")
-    restarts = os.environ.get("PALMJAX_RESTARTS")  # launch.local's
+    restarts = os.environ.get("PALMJAX_RESTARTS")  # the launchers'
     if restarts is not None and not job.launched:
-        code = int(os.environ.get("PALMJAX_LAST_EXIT", "0"))
-        recorder.event("restart", step=first, attempt=int(restarts), exit_code=code)
+        code = os.environ.get("PALMJAX_LAST_EXIT")  # a queue does not keep it
+        recorder.event("restart", step=first, attempt=int(restarts), exit_code=None if code is None else int(code))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from palmjax import __version__, libtpu
-from palmjax.config import ConfigError
+from palmjax.config import EXIT_STORAGE, ConfigError, describe_os_error
 
 VERBS = {
     "train": ("palmjax.train", "train a model from gin files; run again to resume"),
@@ -43,10 +43,11 @@ HELP = "\n".join(
 
 
 def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a verb's main: a ConfigError is one or two lines on stderr and exit code 2, Ctrl-C is 130.
+    """Runs a verb's main: a ConfigError is one or two lines on stderr and its exit code (2), Ctrl-C is 130.
 
-    Any other exception is ours and keeps its traceback. Modules in the working directory can be imported by gin's
-    `import` lines; it comes last on the path, so nothing there shadows an installed package.
+    An OSError that nobody expected is one line and `EXIT_STORAGE`. Any other exception is ours and keeps its traceback.
+    Modules in the working directory can be imported by gin's `import` lines; it comes last on the path, so nothing
+    there shadows an installed package.
     """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
@@ -55,7 +56,10 @@ def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | 
         return main(argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        return EXIT_STORAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -24,7 +24,22 @@ def section(cls: type[_T]) -> type[_T]:
 
 
 class ConfigError(ValueError):
-    """Something a user wrote cannot work. Its text is one or two lines: what, where, and the nearest right thing."""
+    """Something a user wrote cannot work. Its text is one or two lines: what, where, and the nearest right thing.
+
+    exit_code: of the process that it ends.
+    """
+
+    exit_code = 2
+
+
+EXIT_STORAGE = 74
+"""Exit code where a file or a storage could not be read or written (EX_IOERR): run the same command again."""
+
+
+def describe_os_error(error: OSError) -> str:
+    """In one line: which file, and what the operating system says."""
+    said = error.strerror or (str(error) or type(error).__name__).splitlines()[0]
+    return f"{error.filename}: {said}" if error.filename else said
 
 
 def require(ok: bool, section: object, field: str, words: str) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from palmjax.config import ConfigError
+from palmjax.config import EXIT_STORAGE, ConfigError, describe_os_error
 
 EXIT_PEER_LOST = 69
 """Exit code of a process that stopped because another one was lost (EX_UNAVAILABLE): run the job again."""
@@ -146,6 +146,23 @@ def from_first(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
+def text_from_first(text: str) -> str:
+    """Process 0's text, on every process; all call it together. What the others give is of no account.
+
+    A file that people write while a job runs is read by one process alone: others might see another version of it.
+    """
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
+    # The collective needs one size everywhere.
+    mine = np.zeros(size, np.uint8)
+    mine[: len(data)] = data[:size]
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine))).decode()
+
+
 def meet(where: str) -> None:
     """Returns when all processes have called it with the same `where`."""
     if jax.process_count() > 1:
@@ -252,7 +269,10 @@ def _report(error: BaseException, witness: _Witness) -> int:
             return 130
         case ConfigError():
             print(f"error: {prefix}{error}", file=sys.stderr)
-            return 2
+            return error.exit_code
+        case OSError():
+            print(f"error: {prefix}{describe_os_error(error)}", file=sys.stderr)
+            return EXIT_STORAGE
     traceback.print_exception(error)
     return 1
 

@@ -1,4 +1,4 @@
-"""MODEL_DIR, the folder of one run: its checkpoints' names, which are whole, and the lock on it."""
+"""MODEL_DIR, the folder of one run: its checkpoints' names, which are whole, the lock, and reading with patience."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from palmjax.config import ConfigError
+from palmjax.config import EXIT_STORAGE, ConfigError
 
 PREFIX = "checkpoint_"
 PARTS = ("commit_success.txt", "_CHECKPOINT_METADATA", "info/metadata", "state/_METADATA", "state/manifest.ocdbt")
@@ -23,6 +23,11 @@ PARTS = ("commit_success.txt", "_CHECKPOINT_METADATA", "info/metadata", "state/_
 
 DAMAGED = "DAMAGED.txt"
 """Marks, with the reason, a checkpoint on an object store that turned out to be damaged: it can't be renamed there."""
+
+PAUSES = (0.2, 1.0, 4.0)
+"""Seconds to wait before a file that the storage did not give is asked for again."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,32 @@ def as_path(path: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"{path} can't be opened: {error} is not a scheme that etils knows") from error
 
 
+class Unreadable(ConfigError):
+    """The storage does not let a file be read now. Nothing is known to be wrong with what lies there."""
+
+    exit_code = EXIT_STORAGE
+
+
+def patiently(path: Any, read: Callable[[Any], T]) -> T:
+    """`read(path)`, tried again where the storage fails. Raises FileNotFoundError and its like at once, Unreadable if
+    it fails to the last.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return read(path)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise  # it says what is there
+        except Exception as error:
+            # On an object store a failure comes as whatever its client raises.
+            if isinstance(path, Path) and not isinstance(error, OSError):
+                raise
+            if pause is None:
+                reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0][:200]
+                raise Unreadable(f"{path} can't be read now: {reason}; run the same command again") from error
+            time.sleep(pause)
+    raise AssertionError
+
+
 def _missing(path: Any) -> str | None:
     """The first file that a whole checkpoint would have and `path` has not."""
     if not isinstance(path, Path) and (path / DAMAGED).exists():
@@ -61,7 +92,7 @@ def is_whole(path: str | os.PathLike[str]) -> bool:
 def steps(model_dir: str | os.PathLike[str]) -> list[int]:
     """Steps of the whole checkpoints in the folder, rising."""
     folder = as_path(model_dir)
-    found = [m for p in _children(folder) if (m := re.fullmatch(rf"{PREFIX}(\d+)", p.name))]
+    found = [m for p in patiently(folder, _children) if (m := re.fullmatch(rf"{PREFIX}(\d+)", p.name))]
     return sorted(int(m[1]) for m in found if _missing(folder / m[0]) is None)
 
 

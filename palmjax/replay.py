@@ -81,14 +81,17 @@ def open_run(folder: str, logged: Logged) -> Run:
         raise ConfigError(
             f"step {logged.line['step']} was computed with the configuration {digest}, but there is no {path}"
         )
+    text = path.read_bytes().decode(errors="replace")
+    if Description(operative=text).digest != digest:
+        raise ConfigError(f"{path} is not the configuration that step {logged.line['step']} was computed with")
     with tempfile.TemporaryDirectory(prefix="palmjax-") as local:
         file = Path(local) / path.name
-        file.write_text(path.read_text())
+        file.write_text(text)
         from palmjax import configure
 
         experiment = dataclasses.replace(configure.load([str(file)]).experiment, model_dir=folder)
     enable_compilation_cache(experiment.train.compilation_cache)
-    return Run(experiment, Description(operative=path.read_text()))
+    return Run(experiment, Description(operative=text))
 
 
 def nearest_state(run: Run, step: int, branch: int, rewinds: Sequence[guard.Rewind]) -> tuple[TrainState, str]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from palmjax import chips, distributed, mesh, model_dir, provenance
-from palmjax.checkpoint import Start, read_info
+from palmjax.checkpoint import Damaged, Start, read_info
 from palmjax.config import ConfigError, Experiment, section
 from palmjax.data import feed, index
 from palmjax.data.order import Skips
@@ -124,7 +124,7 @@ class Run:
         """How many rewinds were decided when the checkpoint of `step` was saved."""
         try:
             info = read_info(model_dir.as_path(self.folder) / f"{model_dir.PREFIX}{step}")
-        except ConfigError:  # it can't be read, so no run can begin with it
+        except Damaged:  # no run can begin with it
             return sys.maxsize
         return info.guard.get("rewinds", 0)
 

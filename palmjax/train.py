@@ -13,7 +13,7 @@ Events in metrics.jsonl, beside those of `palmjax.guard.watch`; `step` counts as
     checkpoint  step, blocked, seconds, bytes, deleted: a save has become whole (`checkpoint.Saved`)
     rewind      number, step (decided at), to, skips, rows ([first, end) passed over), why
     overrides   step, why: overrides.json has changed; a start follows, which says what it is now
-    preempted   step
+    preempted   step, why
     stopped     step, why
     done        step
 """
@@ -132,7 +132,7 @@ def loop(job: Job, going: Attempt) -> Ended:
         if asked:
             with job.watchdog.phase("save"):
                 going.note(saver.wait())
-            recorder.event("preempted", step=done)
+            recorder.event("preempted", step=done, why=f"{job.preemption.why}: saved")
             recorder.message(f"asked to stop: checkpoint_{done} is saved; run the same command again to go on")
             return Ended.PREEMPTED
         if saving and done < settings.steps and going.overrides_changed(done):

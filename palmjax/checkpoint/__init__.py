@@ -14,7 +14,7 @@ from palmjax.checkpoint.reading import check_vocabulary, read_info, restore_para
 from palmjax.checkpoint.saving import Checkpointer, Saved, SaveError
 from palmjax.checkpoint.seal import Damaged
 from palmjax.checkpoint.tree import describe
-from palmjax.model_dir import newest, resolve, steps
+from palmjax.model_dir import Unreadable, newest, resolve, steps
 
 __all__ = [
     "Checkpointer",
@@ -23,6 +23,7 @@ __all__ = [
     "Saved",
     "Skipped",
     "Start",
+    "Unreadable",
     "check_vocabulary",
     "describe",
     "newest",

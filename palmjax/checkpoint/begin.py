@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from palmjax import distributed, model_dir
-from palmjax.checkpoint.reading import check_vocabulary, read_info, restore_params, restore_state
+from palmjax.checkpoint.reading import check_vocabulary, read_info, restore_params, restore_state, together
 from palmjax.checkpoint.seal import Damaged
 from palmjax.config import ConfigError, section
 from palmjax.data.vocabulary import Vocabulary
@@ -57,15 +57,16 @@ def start(
     checkpoint yet.
     init: makes the state from scratch, laid out as `abstract_state`.
     A damaged checkpoint is passed over for the newest one before it that is whole, and set aside. Raises ConfigError
-    if the checkpoint that it must begin with is of another model, optimizer or vocabulary, or if all are damaged: a run
-    that has checkpoints never begins anew.
+    if the checkpoint that it must begin with is of another model, optimizer or vocabulary, or if all are damaged (a run
+    that has checkpoints never begins anew), and Unreadable if the storage fails.
     """
     # 1. This run's own newest checkpoint that is whole.
     damaged: list[tuple[int, str]] = []
     for step in reversed(_agreed(folder)):
         path = str(as_path(folder) / f"{PREFIX}{step}")
         try:
-            info = _read_info(path)
+            with together():
+                info = read_info(path)
             check_vocabulary(path, info, vocabulary)
             state = restore_state(path, abstract_state)
         except Damaged as error:
@@ -93,19 +94,6 @@ def start(
 
     # 3. Scratch.
     return Start(state=init(), info=None, origin="scratch", resumed=False)
-
-
-def _read_info(path: str) -> RunInfo:
-    """`read_info` for all processes together: what one of them finds damaged, none goes on with."""
-    problem, info = "", None
-    try:
-        info = read_info(path)
-    except Damaged as error:
-        problem = str(error)
-    if everywhere := distributed.everywhere(problem):
-        raise Damaged(problem or everywhere)
-    assert info is not None
-    return info
 
 
 def _set_aside(folder: str, step: int, reason: str) -> Skipped:

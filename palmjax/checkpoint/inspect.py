@@ -14,7 +14,7 @@ from palmjax.checkpoint import digest, seal
 from palmjax.checkpoint.arrays import CHUNK_BYTES, Reader
 from palmjax.checkpoint.reading import read_info
 from palmjax.config import ConfigError, section
-from palmjax.model_dir import as_path
+from palmjax.model_dir import Unreadable, as_path
 from palmjax.provenance import RunInfo
 
 
@@ -34,7 +34,7 @@ class Verdict:
 def verify(folder: str) -> Verdict:
     """Reads every file and every array of a checkpoint and compares them with what was recorded when it was saved.
 
-    Raises nothing for damage of any kind: that is what it reports.
+    Raises nothing for damage of any kind: that is what it reports. Raises Unreadable if the storage fails.
     """
     path = as_path(folder)
     problems: list[str] = []
@@ -44,6 +44,8 @@ def verify(folder: str) -> Verdict:
         listed = seal.read(path) or {}
         problems += seal.check(path, whole=True)
         info = read_info(path)
+    except Unreadable:
+        raise
     except ConfigError as error:
         return Verdict(files=len(listed), arrays=0, bytes=0, problems=(*problems, str(error).split("; ")[0]))
     if not listed:

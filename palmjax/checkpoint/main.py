@@ -76,7 +76,12 @@ def _verify(given: str) -> int:
     damaged = 0
     for folder in _checkpoints(given):
         began = time.monotonic()
-        verdict = inspect.verify(folder)
+        try:
+            verdict = inspect.verify(folder)
+        except model_dir.Unreadable as error:
+            damaged += 1
+            print(f"{folder}: NOT READ\n  {str(error).splitlines()[0]}")
+            continue
         damaged += bool(verdict.problems)
         if verdict.problems:
             print(f"{folder}: DAMAGED")

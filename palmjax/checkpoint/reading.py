@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,18 +16,26 @@ from palmjax.checkpoint import tree as trees
 from palmjax.checkpoint.seal import Damaged
 from palmjax.config import ConfigError
 from palmjax.data.vocabulary import Vocabulary
-from palmjax.model_dir import as_path, inventory, resolve
+from palmjax.model_dir import Unreadable, as_path, inventory, resolve
 from palmjax.provenance import RunInfo
 from palmjax.state import TrainState
 
+_STORAGE_FAILED = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|UNAUTHENTICATED|PERMISSION_DENIED"
+    r"|Input/output error|Stale file handle|Connection (?:timed out|refused|reset)|Permission denied"
+)
+"""What TensorStore 0.1.80 says when a storage does not answer, which is no word against what lies there."""
+
 
 def read_info(path: str | os.PathLike[str]) -> RunInfo:
-    """What a checkpoint says of its run. `path` as in `resolve`. Raises ConfigError if it can't be read, Damaged if
-    that is because it is not what was written.
+    """What a checkpoint says of its run. `path` as in `resolve`. Raises ConfigError if it can't be read: Damaged if
+    that is because it is not what was written, Unreadable if the storage fails.
     """
     folder = as_path(resolve(path))
     try:
         info = RunInfo.from_json(seal.read_file(folder, "info/metadata").decode())
+    except Unreadable:
+        raise
     except Damaged as error:
         raise Damaged(f"{error}; {inventory(folder.parent)}") from error
     except ConfigError as error:  # of a newer palmjax, or on a vocabulary that this one can't read
@@ -57,13 +67,12 @@ def restore_state(path: str | os.PathLike[str], abstract_state: TrainState) -> T
     abstract_state: ShapeDtypeStructs with shardings on the present mesh, which need not be the one that saved; nor need
     the number of processes. Before an array is read, every byte of the folder is compared with the checksum of its
     file; behind it, every array with its digest. Raises ConfigError if the checkpoint is of another model or optimizer,
-    Damaged if it is not what was saved.
+    Damaged if it is not what was saved, Unreadable if the storage fails; the last two on all processes if on one.
     """
     folder = resolve(path)
     info = read_info(folder)
     trees.check_arrays(folder, info.arrays, trees.describe(abstract_state))
-    share = (jax.process_index(), jax.process_count())
-    _raise_if(folder, distributed.everywhere(_first(seal.check(as_path(folder), whole=True, share=share))))
+    _check(folder, whole=True, share=(jax.process_index(), jax.process_count()))
     return _read(folder, info, abstract_state)
 
 
@@ -76,8 +85,30 @@ def restore_params(path: str | os.PathLike[str], abstract_params: Any) -> Any:
     info = read_info(folder)
     saved = {n: a for n, a in info.arrays.items() if n.startswith("params/")}
     trees.check_arrays(folder, saved, trees.describe(wanted))
-    _raise_if(folder, distributed.everywhere(_first(seal.check(as_path(folder), whole=False))))
+    _check(folder, whole=False)
     return _read(folder, info, wanted)["params"]
+
+
+def _check(folder: str, *, whole: bool, share: tuple[int, int] = (0, 1)) -> None:
+    """Compares the files with their checksums, all processes together: what one of them finds, all raise."""
+    with together():
+        _raise_if(folder, _first(seal.check(as_path(folder), whole=whole, share=share)))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around what every process of a job reads by itself: if one of them finds damage, or can't read, all raise it.
+
+    Where one can't read and another finds damage, nothing counts as damaged.
+    """
+    problem: Damaged | Unreadable | None = None
+    try:
+        yield
+    except (Damaged, Unreadable) as error:
+        problem = error
+    for kind in (Unreadable, Damaged):
+        if text := distributed.everywhere(str(problem) if isinstance(problem, kind) else ""):
+            raise kind(text) from problem
 
 
 def _first(problems: Iterable[str]) -> str:
@@ -104,9 +135,11 @@ def _read(folder: str, info: RunInfo, abstract: Any) -> Any:
         # With partial_restore Orbax 0.12.8 gives back what it was asked for in place of an array that it doesn't find.
         if lost := [n for n, leaf in trees.leaves(tree) if not isinstance(leaf, jax.Array)]:
             raise ValueError(f"{'/'.join(lost[0])} is not in state/")
-    except jax.errors.JaxRuntimeError:  # out of memory, a lost process: nothing that the files could help
+    except (jax.errors.JaxRuntimeError, MemoryError):  # or a lost process: nothing that the files could help
         raise
     except Exception as error:  # a damaged file can meet any check or none inside Orbax, its assertions included
+        if _STORAGE_FAILED.search(str(error)):
+            raise Unreadable(f"{folder} can't be read now: {str(error).splitlines()[0][:200]}") from error
         _raise_if(folder, (str(error) or type(error).__name__).splitlines()[0][:200], error)
         raise
     _raise_if(

@@ -21,7 +21,7 @@ import jax
 from palmjax import distributed
 from palmjax.checkpoint import digest, keep, seal
 from palmjax.checkpoint import tree as trees
-from palmjax.config import ConfigError, SaveCheckpointConfig, section
+from palmjax.config import EXIT_STORAGE, ConfigError, SaveCheckpointConfig, section
 from palmjax.model_dir import PREFIX, as_path, is_whole, newest, set_broken_aside, steps
 from palmjax.provenance import RunInfo
 from palmjax.state import TrainState
@@ -31,7 +31,14 @@ WRITTEN = ".written"
 
 
 class SaveError(ConfigError):
-    """A checkpoint could not be written. Its text names the folder and the checkpoint that stays usable."""
+    """A checkpoint could not be written. Its text names the folder and the checkpoint that stays usable.
+
+    exit_code: 2 if a person must free space or give leave, else `EXIT_STORAGE`: running again may help.
+    """
+
+    def __init__(self, text: str, exit_code: int = EXIT_STORAGE):
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 @section
@@ -50,9 +57,10 @@ class Saved:
 class Checkpointer:
     """Saves states of one run into MODEL_DIR, in the background. All processes of the job use it together.
 
-    A save goes through three names: Orbax writes `checkpoint_N.written.orbax-checkpoint-tmp`, renames it to
-    `checkpoint_N.written` when all processes' parts are there, and process 0 sums up the files and renames it to
-    `checkpoint_N`. On an object store, where nothing can be renamed, `checksums.json` is the last file to appear.
+    A save goes through three names: Orbax writes `checkpoint_N.written.orbax-checkpoint-tmp` and renames it to
+    `checkpoint_N.written` when all processes' parts are there; then each process sums up the files that it wrote, and
+    process 0 joins the sums and renames the folder to `checkpoint_N`. On an object store, where nothing can be renamed,
+    `checksums.json` is the last file to appear.
     """
 
     def __init__(self, model_dir: str, save: SaveCheckpointConfig):
@@ -117,9 +125,9 @@ class Checkpointer:
         that it takes the place of.
         """
         self._orbax.wait_until_finished()
+        writing.bytes = seal.write(written, jax.process_index(), jax.process_count())
         if jax.process_index() != 0:
             return
-        writing.bytes = seal.write(written)
         if self._is_local:
             written.rename(final)
             folder = os.open(final.parent, os.O_RDONLY)
@@ -188,7 +196,9 @@ class Checkpointer:
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:
-            full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            number = getattr(error, "errno", None)
+            full = "No space left" in str(error) or number in (errno.ENOSPC, errno.EDQUOT)
+            for_people = full or number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
             writing, self._writing = self._writing, None
             if writing is not None and self._is_local and jax.process_index() == 0:
                 for leftover in self._dir.glob(f"{PREFIX}{writing.step}.*"):
@@ -198,7 +208,8 @@ class Checkpointer:
             stays = (
                 "no checkpoint is whole" if usable is None else f"{PREFIX}{usable} is whole; a new run goes on from it"
             )
-            raise SaveError(f"{self._dir}: {what}: {reason}; {stays}") from error
+            code = 2 if for_people else EXIT_STORAGE
+            raise SaveError(f"{self._dir}: {what}: {reason}; {stays}", code) from error
 
 
 class _Writing:

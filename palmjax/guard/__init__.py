@@ -9,9 +9,10 @@ any instant decides the same again and goes on to the same bits.
     watch       reads every step's metrics: what happened, and whether to rewind or to stop
     record      guard.json in MODEL_DIR: the rewinds decided so far, and which checkpoints they have made void
     overrides   overrides.json in MODEL_DIR: learning rates and skipped rows given by hand
-    preemption  SIGTERM and the cloud's notice
+    preemption  SIGTERM: the step after which all processes stop
+    notice      what the cloud's metadata server announces: maintenance, preemption
 
-May import config, data, optim, model_dir and metrics' data types; no checkpoint and no step.
+May import config, distributed, data, optim, model_dir and metrics' data types; no checkpoint and no step.
 """
 
 from palmjax.guard.overrides import FILE as OVERRIDES

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from palmjax.config import ConfigError, Experiment, section
 from palmjax.data.order import Skips
-from palmjax.model_dir import as_path
+from palmjax.model_dir import as_path, patiently
 from palmjax.optim import OverriddenSchedule, ScheduledOptimizer
 
 FILE = "overrides.json"
@@ -48,7 +48,9 @@ class Overrides:
         """What MODEL_DIR's file says; nothing if there is none. Raises ConfigError naming what is wrong in it."""
         path = as_path(model_dir) / FILE
         try:
-            text = path.read_text() if path.exists() else "{}"
+            text = patiently(path, lambda file: file.read_bytes()).decode()
+        except FileNotFoundError:
+            text = "{}"
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} can't be read: {error}") from error
         try:

@@ -7,22 +7,28 @@ matter at which instant a run was killed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from palmjax import distributed
 from palmjax.config import ConfigError, section
 from palmjax.data.order import Skips
 from palmjax.files import write_whole
-from palmjax.model_dir import PREFIX, as_path
+from palmjax.model_dir import PREFIX, as_path, patiently
 
 FILE = "guard.json"
-FORMAT = 1
+FORMAT = 2
+"""Since 2 the file has a checksum: another step or another row is another run."""
 
 
 @section
@@ -41,29 +47,48 @@ class Rewind:
 
 
 def read_rewinds(model_dir: str | os.PathLike[str]) -> tuple[Rewind, ...]:
-    """The decisions so far, oldest first. Raises ConfigError if the file is damaged."""
-    path = as_path(model_dir) / FILE
-    if not path.exists():
+    """The decisions so far, oldest first, as process 0 reads them; all processes call it together.
+
+    Raises ConfigError if the file is damaged.
+    """
+    path, text = as_path(model_dir) / FILE, ""
+    if jax.process_index() == 0:
+        with contextlib.suppress(FileNotFoundError):
+            text = patiently(path, lambda file: file.read_bytes().decode(errors="replace"))
+    text = distributed.text_from_first(text)
+    if not text and (jax.process_index() or not path.exists()):
         return ()
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(text)
         if value["format"] > FORMAT:
             raise ValueError("written by a newer palmjax; update this one")
-        return tuple(
-            Rewind(**{**one, "skips": tuple((int(step), int(rows)) for step, rows in one["skips"])})
-            for one in value["rewinds"]
-        )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        if value["format"] > 1 and value != _value(value["rewinds"]):
+            raise ValueError("it is not what was written")
+        return tuple(_rewind(one) for one in value["rewinds"])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path} can't be read: {type(error).__name__}: {error}; without it checkpoints that hold a loss spike "
             "can't be told from the others"
         ) from error
 
 
+def _value(rewinds: list[Any]) -> dict[str, Any]:
+    """What the file holds."""
+    return {"format": FORMAT, "checksum": zlib.crc32(json.dumps(rewinds).encode()), "rewinds": rewinds}
+
+
+def _rewind(value: Any) -> Rewind:
+    """Raises KeyError, TypeError or ValueError for what is none."""
+    kinds = {"step": int, "to": int, "loss": float, "z": float}
+    if set(value) != {*kinds, "skips"} or any(type(value[name]) is not kind for name, kind in kinds.items()):
+        raise ValueError(f"{value} is no rewind")
+    return Rewind(**{**value, "skips": tuple((int(step), int(rows)) for step, rows in value["skips"])})
+
+
 def write_rewinds(model_dir: str | os.PathLike[str], rewinds: Sequence[Rewind]) -> None:
     """Replaces the file as a whole; it is on disk when this returns. For process 0."""
     folder = as_path(model_dir)
-    text = json.dumps({"format": FORMAT, "rewinds": [dataclasses.asdict(one) for one in rewinds]}, indent=1) + "\n"
+    text = json.dumps(_value([dataclasses.asdict(one) for one in rewinds]), indent=1) + "\n"
     try:
         if isinstance(folder, Path):
             write_whole(folder / FILE, text)

@@ -37,24 +37,35 @@ def _plain(value: Any) -> Any:
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
-def survives(line: bytes, step: int) -> bool:
-    """Whether a line is whole and of no step after `step`."""
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, NaN and the infinities as floats again; None if the line is torn or no record of ours."""
     try:
         record = json.loads(line)
-    except ValueError:
-        return False
-    return line.endswith(b"\n") and isinstance(record, dict) and record.get("step", 0) <= step
+    except (ValueError, RecursionError):
+        return None
+    if not line.endswith(b"\n") or not isinstance(record, dict):
+        return None
+    kind = record.get("kind")
+    known = type(record.get("step", None if kind in ("train", "eval") else 0)) is int
+    known = known and (kind != "eval" or isinstance(record.get("task"), str))
+    known = known and (kind != "event" or isinstance(record.get("event"), str))
+    if not known:
+        return None
+    return {name: _NOT_JSON.get(v, v) if isinstance(v, str) else v for name, v in record.items()}
+
+
+def survives(line: bytes, step: int) -> bool:
+    """Whether a line is whole and of no step after `step`."""
+    record = parse(line)
+    return record is not None and record.get("step", 0) <= step
 
 
 def is_rewind(line: bytes, number: int) -> bool:
     """Whether a line is the event of the run's `number`-th rewind."""
     if b'"rewind"' not in line:  # most lines, without parsing them
         return False
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and record.get("event") == "rewind" and record.get("number") == number
+    record = parse(line)
+    return record is not None and record.get("event") == "rewind" and record.get("number") == number
 
 
 # ----------------------------------------------------------------------------------------------- metrics.jsonl
@@ -192,8 +203,8 @@ def read_metrics(model_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Every line that a run has written so far, in order, from a local or a remote (gs://) MODEL_DIR.
 
     Yields the records of `Recorder`, with NaN and the infinities as floats again. A torn last line, of a run that is
-    writing it or was killed in it, is left out. Raises ConfigError where there are no metrics, ValueError naming file
-    and line for a line that can't be read. A rewind does not take back the lines before it: see `in_force`.
+    writing it or was killed in it, is left out. Raises ConfigError where there are no metrics, and, naming file and
+    line, for a line that can't be read. A rewind does not take back the lines before it: see `in_force`.
     """
     found = files(as_path(model_dir))
     if not found:
@@ -220,8 +231,10 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            yield {name: _NOT_JSON.get(v, v) if isinstance(v, str) else v for name, v in record.items()}
+            record = parse(line)
+            if record is None:
+                raise ConfigError(
+                    f"{path}, line {number} is damaged: {line[:60]!r}...\n"
+                    "the next start of the run takes it out; without a start, delete the line"
+                )
+            yield record

@@ -43,19 +43,44 @@ def test_the_remote_line_means_the_same_to_a_real_shell(tmp_path: Path) -> None:
     assert said == f"auto|-m|palmjax|train|{HARD}|"
 
 
+@pytest.mark.parametrize(
+    ("ends", "attempts", "code"),
+    [([75, 137, 0], ["-", "1 75", "2 137"], 0), ([2], ["-"], 2), ([69, 69, 70], ["-", "1 69", "2 69"], 70)],
+)
+def test_a_host_starts_its_process_again_until_it_ends_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: list[int], attempts: list[str], code: int
+) -> None:
+    """The remote line with --max_restarts=2, run by the shell that a host has."""
+    monkeypatch.setattr(tpu_vm, "PAUSE_SECONDS", 0)
+    fake = tmp_path / "fake-python"
+    (tmp_path / "ends").write_text("".join(f"{one}\n" for one in ends))
+    fake.write_text(
+        '#!/bin/sh\necho "${PALMJAX_RESTARTS:--} $PALMJAX_LAST_EXIT" >> seen\n'
+        'exit "$(sed -n "$(wc -l < seen)p" ends)"\n'
+    )
+    fake.chmod(0o755)
+    line = tpu_vm.remote_line(["train", HARD], str(tmp_path), str(fake), {}, "true", 2)
+    assert subprocess.run(["sh", "-c", line], capture_output=True, check=False).returncode == code
+    assert [one.strip() for one in (tmp_path / "seen").read_text().splitlines()] == attempts
+
+
 GKE = [
     *("--name=palm", "--image=img:1", "--accelerator=tpu-v5p-slice", "--topology=2x2x4", "--hosts=4", "--slices=2"),
-    *("--env", "A=1", "--service_account=writer"),
+    *("--env", "A=1", "--service_account=writer", "--max_restarts=7"),
 ]
 
 
 def test_gke(capsys: pytest.CaptureFixture[str]) -> None:
     value = yaml.safe_load(dry(gke, capsys, *GKE))
-    assert value["kind"] == "JobSet" and value["spec"]["failurePolicy"]["maxRestarts"] == 100
+    assert value["kind"] == "JobSet" and value["spec"]["failurePolicy"]["maxRestarts"] == 7
+    (rule,) = value["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     (replicated,) = value["spec"]["replicatedJobs"]
     assert replicated["replicas"] == 2
     job = replicated["template"]["spec"]
     assert job["parallelism"] == job["completions"] == 4 and job["backoffLimit"] == 0
+    (ends,) = job["podFailurePolicy"]["rules"]
+    assert ends["action"] == "FailJob" and ends["onExitCodes"]["values"] == [2, 65]
     pod = job["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x4"
     assert pod["serviceAccountName"] == "writer" and pod["terminationGracePeriodSeconds"] == 300
@@ -95,20 +120,28 @@ def test_slurm(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "#SBATCH --account" not in text
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True)])
-def test_the_slurm_script_requeues_a_run_that_saved(tmp_path: Path, capsys, code: int, requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "before", "requeued"),
+    [(0, 0, False), (2, 0, False), (65, 0, False), (75, 0, True), (137, 2, True), (75, 3, False)],
+)
+def test_the_slurm_script_requeues_a_run_that_another_start_may_help(
+    tmp_path: Path, capsys, code: int, before: int, requeued: bool
+) -> None:
     """The script run by bash, with stand-ins for Slurm's tools."""
-    text = dry(slurm, capsys, "--env", "A=b c")
+    text = dry(slurm, capsys, "--env", "A=b c", "--max_restarts=3")
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "srun").write_text(f'#!/bin/sh\nprintf "%s|" "$A" "$@" > {tmp_path}/srun\nexit {code}\n')
+    (tools / "srun").write_text(
+        f'#!/bin/sh\nprintf "%s|" "$A" "$PALMJAX_RESTARTS" "$@" > {tmp_path}/srun\nexit {code}\n'
+    )
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/scontrol\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "77"}
+    env |= {"SLURM_RESTART_COUNT": str(before)} if before else {}  # which a job's first start has not
     assert subprocess.run(["bash", "-c", text], env=env, check=False).returncode == code
     said = (tmp_path / "srun").read_text()
-    assert said == f"b c|--kill-on-bad-exit=1|python3|-m|palmjax|train|x.gin|{HARD}|"
+    assert said == f"b c|{before or ''}|--kill-on-bad-exit=1|python3|-m|palmjax|train|x.gin|{HARD}|"
     assert (tmp_path / "scontrol").exists() == requeued
     assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 77\n"
 

@@ -23,7 +23,7 @@ def lines(path: Path) -> list[dict]:
 def test_a_resume_removes_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     records = [{"kind": "event", "event": "start"}, *({"kind": "train", "step": s, "loss": 1 / s} for s in range(1, 8))]
-    records.insert(6, {"kind": "eval", "step": 5, "loss": 0.2})
+    records.insert(6, {"kind": "eval", "step": 5, "task": "a", "loss": 0.2})
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"kind": "train", "step": 8, "lo')
     writer = JsonLines(str(path), start_step=5)
     writer.write({"kind": "train", "step": 6, "loss": 9.0})
@@ -148,8 +148,18 @@ def test_a_torn_last_line_is_left_out_and_any_other_is_named(tmp_path: Path) -> 
     path.write_bytes(b'{"step": 1}\n{"step": 2, "task": "caf\xc3')
     assert list(read_metrics(tmp_path)) == [{"step": 1}]
     path.write_bytes(b'{"step": 1}\n{"step"\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 is damaged"):
         list(read_metrics(tmp_path))
+    for line in (
+        '{"kind": "train", "step": "2"}',
+        '{"kind": "event"}',
+        '{"kind": "eval", "step": 1}',
+        "[]",
+        "[" * 9000,
+    ):
+        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        with pytest.raises(ConfigError, match=r"line 2 is damaged"):
+            list(read_metrics(tmp_path))
 
 
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
