@@ -301,24 +301,27 @@ class _Forest:
     def plan(self) -> list[list[_Visit]]:
         """Steps in which every page is visited behind its parent, with all that it has to score.
 
-        Always the first pages in preorder that can be read, so that few requests are open at a time. A page lies in the
-        pool until all below it is read. As many places as the longest request needs are left for the first of the open
-        ones, so that it always comes to its end.
+        Always the first pages in preorder that can be read, so that few requests are open at a time; of those that
+        begin a branch the one that takes most steps to its end (`_Ready`). A page lies in the pool until all below it
+        is read. As many places as the longest request needs are left for the first page in preorder, so that what is
+        open always comes to its end.
         """
         shape, steps = self._shape, list[list[_Visit]]()
-        ready, free = list(self.roots), list(range(1, shape.pool))
+        ready, free = _Ready(self.pages, shape.rows), list(range(1, shape.pool))
+        for index in self.roots:
+            ready.put(index)
         waiting = [len(page.children) for page in self.pages]
         unscored = {}
         while ready:
             visits, held_back, finished = list[_Visit](), list[int](), list[int]()
             room = shape.tiles * shape.tile
             while ready and len(visits) < shape.rows:
-                index = ready[0]
+                full = len(free) <= shape.depth
+                index = ready.first() if full else ready.next()
                 page = self.pages[index]
-                full = page.place == 0 and len(free) <= shape.depth
-                if visits and (full or (room == 0 and page.scored)):
+                if visits and ((full and page.place == 0) or (room == 0 and page.scored)):
                     break
-                heapq.heappop(ready)
+                ready.take(index)
                 page.place = page.place or heapq.heappop(free)
                 now, later = _split(unscored.pop(index, page.scored), room)
                 room -= sum(stop - first for _, first, stop in now)
@@ -330,16 +333,69 @@ class _Forest:
                 finished.append(index)
             for index in finished:
                 for child in self.pages[index].children:
-                    heapq.heappush(ready, child)
+                    ready.put(child)
                 while index >= 0 and waiting[index] == 0:
                     heapq.heappush(free, self.pages[index].place)
                     index = self.pages[index].parent
                     if index >= 0:
                         waiting[index] -= 1
             for index in held_back:
-                heapq.heappush(ready, index)
+                ready.put(index)
             steps.append(visits)
         return steps
+
+
+LOOKAHEAD = 4
+"""Branches, in multiples of a step's rows, from which the next one to begin is chosen."""
+
+
+class _Ready:
+    """Pages whose parents are read, and which of them comes next.
+
+    A branch is a page that begins a request's own way: a root, or one of more children than a step has rows. Pages that
+    go on come before branches, in preorder. Of the first branches in preorder the highest comes first: were the
+    shortest left for the end, the last steps would be waiting for a few long ones.
+    """
+
+    def __init__(self, pages: Sequence[_Page], rows: int):
+        self._pages, self._rows = pages, rows
+        self._height = [1] * len(pages)
+        for index in range(len(pages) - 1, -1, -1):
+            if (parent := pages[index].parent) >= 0:
+                self._height[parent] = max(self._height[parent], 1 + self._height[index])
+        self._going, self._later = list[int](), list[int]()
+        self._near = set[int]()
+
+    def __bool__(self) -> bool:
+        return bool(self._going or self._near or self._later)
+
+    def put(self, index: int) -> None:
+        parent = self._pages[index].parent
+        begins = parent < 0 or len(self._pages[parent].children) > self._rows
+        heapq.heappush(self._later if begins else self._going, index)
+
+    def _look(self) -> None:
+        while self._later and len(self._near) < LOOKAHEAD * self._rows:
+            self._near.add(heapq.heappop(self._later))
+
+    def first(self) -> int:
+        """In preorder."""
+        self._look()
+        return min([*self._going[:1], *self._near, *self._later[:1]])
+
+    def next(self) -> int:
+        if self._going:
+            return self._going[0]
+        self._look()
+        return min(self._near, key=lambda index: (-self._height[index], index))
+
+    def take(self, index: int) -> None:
+        """One that `first` or `next` gave."""
+        for heap in (self._going, self._later):
+            if heap[:1] == [index]:
+                heapq.heappop(heap)
+                return
+        self._near.remove(index)
 
 
 def _split(
