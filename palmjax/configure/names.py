@@ -35,6 +35,7 @@ MODULES = (
     "palmjax.decode.contrastive",
     "palmjax.data.batch",
     "palmjax.data.order",
+    "palmjax.evaluation.detokenize",
     "palmjax.evaluation.forms",
     "palmjax.evaluation.prompts",
     "palmjax.evaluation.records",

@@ -121,7 +121,7 @@ class _Job:
     def run(
         self, batch: Batch, prompts: Sequence[Sequence[int]], ids: Sequence[int], texts: Sequence[Sequence[int]]
     ) -> list[Continuation]:
-        """The continuations of a batch. Of all requests: prompts with BOS, ids of their draws, texts without BOS."""
+        """The continuations of a batch. Of all requests: prompts with BOS, ids of draws, what their text is behind."""
         prompts, texts = ([values[index] for index in batch.members] for values in (prompts, texts))
         count = len(prompts)
         tokens = np.zeros((self.rows, batch.room), np.int32)
@@ -188,6 +188,7 @@ def generate(
     stop: int | None = 1,
     stop_strings: Sequence[str] = (),
     vocabulary: Vocabulary | None = None,
+    behind_prompt: bool = True,
     as_prefix: bool = False,
     rows: int = ROWS,
     mesh: Mesh | None = None,
@@ -204,6 +205,8 @@ def generate(
     continuation.
     stop: the id that ends a row (EOS), or None. stop_strings: a row ends where its text, by `vocabulary`, holds one of
     them, however its tokens spell it; the text is cut before it. (A beam search cuts its best continuation so.)
+    behind_prompt: whether the text is what the new tokens add to the prompt's; otherwise it is theirs alone, which some
+    tokenizers begin without its space.
     min_new_tokens: how many there must be before anything ends a row.
     rows: requests in a batch, rounded up to what divides among the mesh. What a request gets depends on its own values,
     `rows` and the mesh, and not on the other requests; see this module's docstring. mesh, rules: where `params` lie;
@@ -220,6 +223,7 @@ def generate(
     _check(model, search, whole, max_new_tokens)
     _check_settings(max_new_tokens, min_new_tokens, [seed, *ids], stop_strings, vocabulary, rows)
     rules = rules or ShardingRules()
+    texts = prompts if behind_prompt else [()] * len(prompts)
     found: dict[int, Continuation] = {}
     with contextlib.nullcontext() if mesh is None else sharding.activate(mesh, rules):
         job = _Job(
@@ -235,7 +239,7 @@ def generate(
             rules=rules,
         )
         for batch in batches([len(prompt) for prompt in whole], max_new_tokens, job.rows, as_prefix):
-            for index, one in zip(batch.members, job.run(batch, whole, ids, prompts), strict=True):
+            for index, one in zip(batch.members, job.run(batch, whole, ids, texts), strict=True):
                 found[index] = one
                 if on_found is not None:
                     on_found(index, one)

@@ -35,7 +35,8 @@ class Document:
 
     id: hash of the content. where: "file:line", for people. texts: what a prompt may be made of, by name.
     choices: the answers to choose from, and scores: what each is worth (1 for a right one).
-    answers: texts that are right, for what is generated or predicted.
+    answers: texts that are right, for what is generated or predicted. stop: texts that end what is generated. output: a
+    regular expression whose first match in it counts ("" for all of it).
     group: what its exemplars must share (an MMLU subject). cluster: documents with equal clusters are not independent
     (questions on one passage); its own id unless the task says more. record: what it was read from, where a source
     keeps that.
@@ -47,6 +48,8 @@ class Document:
     choices: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
     answers: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    output: str = ""
     group: str = ""
     cluster: str = ""
     record: Any = dataclasses.field(default=None, compare=False, repr=False)

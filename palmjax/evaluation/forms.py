@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from palmjax.config import ConfigError, Part, require, section
+from palmjax.evaluation.detokenize import DetokenizerPart
 from palmjax.evaluation.documents import Document
 from palmjax.evaluation.score import (
     CHOICE_METRICS,
@@ -241,18 +242,22 @@ class Predict(FormPart):
 
 @section
 class Rolling(FormPart):
-    """The likelihood of a whole text (WikiText): bits a byte of UTF-8, and perplexity a word.
+    """The likelihood of a whole text (WikiText): bits a byte of UTF-8, perplexity a byte and a word.
 
+    detokenizer: makes the text that is scored of the one that is published (`detokenize.WikiText`); words and bytes
+    that the likelihood is divided by are always the latter's. None scores it as it is.
     words: what a word is parted by, a regular expression.
     """
 
     text: str = "{text}"
+    detokenizer: DetokenizerPart | None = None
     words: str = r"\s+"
 
     @property
     def metrics(self) -> tuple[AnyMetric, ...]:
         return (
             Metric("bits_per_byte", "bits", "bytes", better=-1),
+            Metric("byte_perplexity", "nats", "bytes", math.exp, better=-1),
             Metric("word_perplexity", "nats", "words", math.exp, better=-1),
         )
 
@@ -260,7 +265,7 @@ class Rolling(FormPart):
         text = fill(self.text, document)
         if not text:
             raise ConfigError(f"{document.where}: the text is empty")
-        return (Read(text),)
+        return (Read(text if self.detokenizer is None else self.detokenizer.build()(text)),)
 
     def example(self, document: Document) -> str:
         raise ConfigError("Rolling has no exemplars: a text is read from its beginning; leave Task.shots out")
@@ -303,10 +308,10 @@ class Generate(FormPart):
     """A text is generated, answers are taken out of it, and they are compared with the right ones.
 
     context: template. target: the template of the right answer in an exemplar: with a chain of thought it is that
-    chain. stop: texts that end the output. extract: name -> Extract; each has its own exact_match, such as
-    `exact_match_strict`, and outputs from which it finds nothing are counted. ignore: regular expressions deleted from
-    outputs and answers before they are compared. squad: compare as SQuAD does (`score.normalised`), and report F1 too.
-    sampling: a `palmjax.sampling.SamplingPart`; None is greedy.
+    chain. stop: texts that end the output, beside the document's own (`Document.stop`). extract: name -> Extract; each
+    has its own exact_match, such as `exact_match_strict`, and outputs from which it finds nothing are counted.
+    ignore: regular expressions deleted from outputs and answers before they are compared. squad: compare as SQuAD does
+    (`score.normalised`), and report F1 too. sampling: a `palmjax.sampling.SamplingPart`; None is greedy.
     """
 
     context: str
@@ -330,7 +335,8 @@ class Generate(FormPart):
     def questions(self, document: Document) -> tuple[Question, ...]:
         if not document.answers:
             raise ConfigError(f"{document.where}: Generate needs documents with answers; set Records.answers")
-        return (Write(fill(self.context, document), self.max_new_tokens, self.stop, self.sampling),)
+        stop = tuple(dict.fromkeys((*self.stop, *document.stop)))
+        return (Write(fill(self.context, document), self.max_new_tokens, stop, self.sampling),)
 
     def example(self, document: Document) -> str:
         return fill(self.context, document) + fill(self.target, document)
@@ -345,8 +351,9 @@ class Generate(FormPart):
         assert isinstance(reply, Text)
         values = {"length_stops": float(not reply.finished)}
         answers = [self._compared(answer) for answer in document.answers]
+        output = Extract(pattern=document.output).find(reply.text) if document.output else reply.text
         for name, extract in self.extract.items():
-            found = extract.find(reply.text)
+            found = None if output is None else extract.find(output)
             values[named("extraction_failures", name)] = float(found is None)
             given = None if found is None else self._compared(found)
             values[named("exact_match", name)] = float(given in answers)

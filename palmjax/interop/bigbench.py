@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ PREFIXES = {
 }
 """Text's name here -> (its name in the JSON, what it is when the JSON has none)."""
 
+NOTED = ("name", "canary", "metrics", "preferred_score", "stop_string", "output_regex")
+
 
 @section
 class BigBench(SourcePart):
@@ -35,6 +38,7 @@ class BigBench(SourcePart):
 
     An example with `target_scores` has them as choices and scores, in the file's order; its text `listed` lists them
     where the task says so (`append_choices_to_input`). Its answers are `target`, or the choices of the highest score.
+    What is generated ends before the task's `stop_string`, and the first match of its `output_regex` is compared.
     """
 
     file: str
@@ -61,9 +65,9 @@ class BigBench(SourcePart):
         return task
 
     def notes(self) -> Mapping[str, str]:
-        """The task's name, canary and the metrics that its authors prefer."""
+        """The task's name, canary, the metrics that its authors prefer, and what it does to outputs."""
         task = self._read()
-        return {name: str(task[name]) for name in ("name", "canary", "metrics", "preferred_score") if name in task}
+        return {name: str(task[name]) for name in NOTED if name in task}
 
     def unplaced(self) -> SourcePart:
         return dataclasses.replace(self, folder="")
@@ -79,6 +83,7 @@ class BigBench(SourcePart):
         prefixes = {name: text_of(task.get(key, default), key, self.path) for name, (key, default) in PREFIXES.items()}
         before = text_of(task.get("choice_prefix", "\n  choice: "), "choice_prefix", self.path)
         appended = task.get("append_choices_to_input", True)
+        stop, output = self._stop(task), self._output(task)
         for number, example in enumerate(task["examples"], 1):
             where = f"{self.path}: example {number}"
             question = text_of(lookup(example, "input", where), "input", where)
@@ -108,5 +113,20 @@ class BigBench(SourcePart):
                 choices=choices,
                 scores=scores,
                 answers=answers,
+                stop=stop,
+                output=output,
                 cluster=content,
             )
+
+    def _stop(self, task: Mapping[str, Any]) -> tuple[str, ...]:
+        given = task.get("stop_string") or ()
+        stop = (given,) if isinstance(given, str) else tuple(given)
+        return tuple(text_of(text, "stop_string", self.path) for text in stop)
+
+    def _output(self, task: Mapping[str, Any]) -> str:
+        pattern = text_of(task.get("output_regex") or "", "output_regex", self.path)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{self.path}: output_regex {pattern!r} is not a regular expression: {error}") from error
+        return pattern

@@ -123,13 +123,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise _missing(error) from error
     with distributed.session(options), _only_the_first_writes(theirs) as theirs:
         model = _opener(options.checkpoint, flags.files, flags.bindings, flags.search_paths)
+        made: list[Any] = []
 
         class Registered(model):
             def __init__(self, **given: Any):
                 super().__init__(**({"answers": options.answers} | given))
+                made.append(self)
 
         model_registry.register("palmjax", target=Registered)
-        return _harness(["run", "--model", "palmjax", *theirs])
+        code = _harness(["run", "--model", "palmjax", *theirs])
+        for one in made:
+            _print_counts(one.counts)
+        return code
+
+
+def _print_counts(counts: dict[str, int]) -> None:
+    """Below lm-eval's table, whatever was not asked as it is written."""
+    for name, count in counts.items():
+        if count:
+            print(f"{count:,} requests: {name.replace('_', ' ')}", flush=True)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from palmjax import decode
 from palmjax.config import ConfigError
@@ -33,6 +34,9 @@ from palmjax.trained import Trained
 
 TEXTS_AT_ONCE = 16
 """Prompts that are continued in one batch."""
+
+COUNTED = ("cut_from_the_left", "merged_with_the_context", "no_context_left", "longer_than_a_row")
+"""Requests that were not asked as they are written, by what was done."""
 
 
 class PalmJax(TemplateLM):
@@ -80,7 +84,8 @@ class PalmJax(TemplateLM):
         self._identity = self._scorer.identity(params)
         self._store = Store(answers, self._identity) if answers and jax.process_index() == 0 else None
         self._template = ChatTemplate.find(chat_template, Path(opened.path).parent, self._vocabulary)
-        self._cut = 0
+        self._counts = dict.fromkeys(COUNTED, 0)
+        self._last_context: tuple[str | None, list[int]] = (None, [])
 
     # --- text and tokens -------------------------------------------------------------------------------------------
 
@@ -131,34 +136,58 @@ class PalmJax(TemplateLM):
 
     # --- requests --------------------------------------------------------------------------------------------------
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval's own. Raises ConfigError for an empty continuation."""
+        for context, continuation in (request.args for request in requests):
+            if not continuation:
+                raise ConfigError(f"an empty continuation behind {context[-40:]!r}: there is nothing to score")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval's own, but where the tokenizer joins the whole continuation with the context's last token, for
+        which lm-eval has no score: that token is then the continuation, and counted.
+        """
+        kept = context.rstrip()
+        whole = self.tok_encode(context + continuation)
+        if self._last_context[0] != kept:  # the choices of a question ask for it again and again
+            self._last_context = (kept, self.tok_encode(kept))
+        alone = self._last_context[1]
+        if len(whole) > len(alone):
+            return alone, whole[len(alone) :]
+        self._counts["merged_with_the_context"] += 1
+        split = next((n for n, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(whole) - 1)
+        return whole[:split], whole[split:]
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **ignored: Any
     ) -> list[tuple[float, bool]]:
-        answers = self._score([self._request(*request) for request in requests], disable_tqdm)
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        asked = [self._requests(*request) for request in requests]
+        found = iter(self._score([request for some in asked for request in some], disable_tqdm))
+        answers = []
+        for (texts, _, _), some in zip(requests, asked, strict=True):
+            parts = [next(found) for _ in some]
+            answers.append((math.fsum(total for total, _ in parts), all(greedy for _, greedy in parts)))
+            self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
 
-    def _request(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> Request:
-        """As lm-eval's `hf` cuts it: the last max_length + 1 tokens, of which the continuation is never cut."""
-        if not continuation:
-            raise ConfigError(
-                f"nothing is left to score of {texts[1]!r} behind {texts[0][-30:]!r}: the tokenizer joins them in the "
-                "context's last token, for which lm-eval has no score; begin the choice at a word (target_delimiter)"
-            )
-        if len(continuation) > self.max_length:
-            raise ConfigError(
-                f"a continuation of {len(continuation):,} tokens, {texts[1][:40]!r}, is longer than max_length = "
-                f"{self.max_length:,}; lm-eval defines no score for that"
-            )
+    def _requests(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> list[Request]:
+        """As lm-eval's `hf` cuts it: the last max_length + 1 tokens, of which the continuation is never cut.
+
+        What it has no score for (it ends) is scored by a rule and counted: where no context is left, because it was
+        spaces alone, which go to the continuation, or one joined token, there is the prefix token; a continuation
+        longer than a row is read in windows.
+        """
+        if not continuation:  # the prefix token alone
+            raise ConfigError(f"nothing is left to score of {texts[1]!r} behind {texts[0][-40:]!r}")
         if not context:
-            raise ConfigError(
-                f"the context of {texts[1][:40]!r} is spaces alone, which lm-eval scores with the continuation, and "
-                "the tokenizer puts no BOS before it; leave the context empty, or set --model_args add_bos_token=True"
-            )
+            self._counts["no_context_left"] += 1
+            context = [self.prefix_token_id]
+        if len(continuation) > self.max_length:
+            self._counts["longer_than_a_row"] += 1
+            return schedule.rolling(continuation, context[-1], self.max_length)
         over = max(0, len(context) + len(continuation) - 1 - self.max_length)
-        self._cut += bool(over)
-        return Request(tuple(context[over:]), tuple(continuation))
+        self._counts["cut_from_the_left"] += bool(over)
+        return [Request(tuple(context[over:]), tuple(continuation))]
 
     def _score(self, requests: Sequence[Request], quiet: bool) -> list[tuple[float, bool]]:
         with _progress("lm-eval: log-likelihoods", len(set(requests)), quiet) as told:
@@ -191,7 +220,7 @@ class PalmJax(TemplateLM):
                     f"max_gen_toks = {how.max_new_tokens} leaves no room for a prompt in max_length = {self.max_length}"
                 )
             ids = self.tok_encode(context)
-            self._cut += len(ids) > room
+            self._counts["cut_from_the_left"] += len(ids) > room
             prompt = tuple(ids[-room:]) or (self.prefix_token_id,)
             number = seen[prompt, how] = seen.get((prompt, how), -1) + 1
             asked.append((how, prompt, number))
@@ -236,11 +265,18 @@ class PalmJax(TemplateLM):
             requests=numbers,
             bos=None,
             stop=self.eot_token_id,
+            stop_strings=how.until,
+            vocabulary=self._vocabulary,
+            behind_prompt=False,
             mesh=self._opened.mesh,
             rules=self._opened.experiment.sharding,
         )
-        texts = [self._vocabulary.decode(one.tokens.tolist()) for one in found]
-        return [postprocess_generated_text(text, list(how.until), None) for text in texts]
+        return [one.text or "" for one in found]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of COUNTED, how many requests so far."""
+        return dict(self._counts)
 
     def get_model_info(self) -> dict[str, Any]:
         """For the results' "config": what the numbers came from."""
@@ -255,7 +291,7 @@ class PalmJax(TemplateLM):
             "palmjax_mesh": {axis: size for axis, size in shape.items() if size > 1},
             "palmjax_max_length": self.max_length,
             "palmjax_begins_with_bos": self.tok_encode("a", None) != self.tok_encode("a", False),
-            "palmjax_requests_cut_from_the_left": self._cut,
+            **{f"palmjax_requests_{name}": count for name, count in self._counts.items()},
         }
 
 
@@ -269,7 +305,7 @@ class _Generation:
     def of(cls, given: dict[str, Any], max_gen_toks: int) -> _Generation:
         """Of a task's generation_kwargs. Raises ConfigError for one that is not known here."""
         known: dict[str, Any] = dict(normalize_gen_kwargs(given, max_gen_toks))
-        until = tuple(handle_stop_sequences(known.pop("until"), eos=None))
+        until = tuple(stop for stop in handle_stop_sequences(known.pop("until"), eos=None) if stop)
         new, draws = known.pop("max_gen_toks"), known.pop("do_sample", False)
         temperature = float(known.pop("temperature", 0.0))
         cuts = {name: known.pop(name, None) for name in ("top_k", "top_p")}

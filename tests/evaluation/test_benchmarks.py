@@ -14,11 +14,16 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
 from pyarrow import parquet
 
+from palmjax.config import ConfigError
 from palmjax.evaluation import evaluate
+from palmjax.evaluation.detokenize import WikiText
 from palmjax.evaluation.forms import Ask, Write
-from tests.evaluation.benchmarks import FIXTURES, Rule, one_task, run, suite
+from tests.evaluation.benchmarks import FIXTURES, VOCABULARY, Rule, one_task, run, suite
 
 
 @functools.cache
@@ -144,6 +149,29 @@ def test_wikitext_counts_bits_of_all_over_bytes_of_all() -> None:
     pages.append("Glas wird aus Sand gemacht, bei großer Hitze.")
     nats, words = sum(len(page.encode()) for page in pages), 9 + 7 + 8 + 1 + 8
     assert found["word_perplexity"].value == pytest.approx(math.exp(nats / words), rel=1e-9)
+    assert found["byte_perplexity"].value == pytest.approx(math.e, rel=1e-9)
+
+
+pieces = st.sampled_from([*"='sN1:;.!?,()[]{}\"/° \n", "@-@", "@,@", "@.@", "'s", "the", "größer"])
+
+
+@given(st.lists(pieces, max_size=30).map(" ".join) | st.lists(pieces, max_size=30).map("".join))
+def test_wikitext_is_detokenized_as_by_lm_eval(page: str) -> None:
+    assert WikiText().build()(page) == wikitext_detokenizer({"page": page})
+
+
+def test_what_is_scored_is_detokenized_and_what_divides_it_is_not(tmp_path: Path) -> None:
+    page = " = A boat = \n It cost 1 @,@ 200 marks , he said .\n"
+    (tmp_path / "wikitext").mkdir()
+    (tmp_path / "wikitext" / "test.jsonl").write_text(json.dumps({"page": page}))
+    model = Rule()
+    found = run(one_task("wikitext", tmp_path), model)["wikitext"].estimates
+    (request,) = model.requests
+    assert VOCABULARY.decode(request.continuation) == wikitext_detokenizer({"page": page}) != page
+    theirs = process_results({"page": page}, (-float(len(request.continuation)),))
+    for name, (nats, count) in theirs.items():
+        of_one = nats / count
+        assert found[name].value == pytest.approx(-of_one / math.log(2) if name[:4] == "bits" else math.exp(-of_one))
 
 
 def test_raft_draws_exemplars_from_the_labelled_rows_but_never_the_row_itself() -> None:
@@ -177,16 +205,28 @@ def test_bigbench_choices_and_normalised_score() -> None:
 
 
 def test_bigbench_generation_takes_any_target() -> None:
-    which = suite(
-        f"BIGBENCH_TASK='{FIXTURES}/bigbench/generate.json'",
-        "bigbench/Task.form=@bigbench/Generate()",
-        "bigbench/Generate.context='{input_prefix}{input}{output_prefix}'",
-        "bigbench/Generate.target='{target}'",
-        file="gin/eval/bigbench.gin",
-    )
+    which = suite(f"BIGBENCH_TASK='{FIXTURES}/bigbench/generate.json'", file="gin/eval/bigbench_generate.gin")
     sums = {"1 + 2": " 3", "4 + 4": " eight", "9 + 1": " 11", "2 + 2": "", "5 + 2": " 7 "}
     outcome = run(which, Rule(write=lambda prompt: sums[prompt.rpartition("Q: ")[2].partition("\n")[0]]))["bigbench"]
     assert outcome.estimates["exact_match"].value == pytest.approx(3 / 5)
+
+
+def test_bigbench_outputs_are_cut_and_searched_as_the_task_says(tmp_path: Path) -> None:
+    rows = [{"input": "1 + 2", "target": "3"}, {"input": "4 + 4", "target": "8"}, {"input": "9 + 1", "target": "10"}]
+    file = tmp_path / "task.json"
+    task = {"name": "sums", "stop_string": ";", "output_regex": r"-?\d+", "examples": rows}
+    file.write_text(json.dumps(task))
+    said = {"1 + 2": " it is 3, not 4", "4 + 4": " 44 / 8", "9 + 1": " ten"}
+    which = suite(f"BIGBENCH_TASK='{file}'", file="gin/eval/bigbench_generate.gin")
+    outcome = run(which, Rule(write=lambda prompt: said[prompt.rpartition("Q: ")[2].partition("\n")[0]]))["bigbench"]
+    assert outcome.estimates["exact_match"].value == pytest.approx(1 / 3)
+    assert outcome.counters["extraction_failures"] == 1
+    questions = [prompt.encoded[0].question for prompt in outcome.asked.prompts]
+    (stop,) = {question.stop for question in questions if isinstance(question, Write)}
+    assert stop == ("\n", ";") and outcome.asked.documents.task.source.notes()["output_regex"] == r"-?\d+"
+    file.write_text(json.dumps(task | {"output_regex": "("}))
+    with pytest.raises(ConfigError, match=r"output_regex '\(' is not a regular expression"):
+        which.build()
 
 
 PROMPTS = {
