@@ -18,6 +18,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models import huggingface
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from palmjax.config import ConfigError
 from palmjax.interop import convert
@@ -119,37 +120,48 @@ EDGES = {
 
 
 def test_boundaries_bos_and_truncation_are_those_of_lm_eval(pair: Pair) -> None:
-    refused = set()
+    scored, refused = {}, {}
     for name, edge in EDGES.items():
-        request = [Instance("loglikelihood", {}, edge, 0)]
         try:
-            other = pair.theirs.loglikelihood(request, disable_tqdm=True)
+            (scored[name],) = pair.theirs.loglikelihood([Instance("loglikelihood", {}, edge, 0)], disable_tqdm=True)
         except AssertionError:  # lm-eval has no score for it
-            refused.add(name)
-            with pytest.raises(ConfigError):
-                pair.ours.loglikelihood(request, disable_tqdm=True)
-        else:
-            assert_near(pair.ours.loglikelihood(request, disable_tqdm=True), other)
+            refused[name] = edge
+    asked = [Instance("loglikelihood", {}, EDGES[name], 0) for name in scored]
+    assert_near(pair.ours.loglikelihood(asked, disable_tqdm=True), list(scored.values()))
     # GPT-2's tokenizer puts nothing before a text of spaces alone; LLaMA's has a token for all of "größer".
     own = {"gpt2": "only a space", "llama": "half of a character's bytes"}
-    assert refused == {"longer than the window", own[pair.kind]}
+    assert set(refused) == {"longer than the window", own[pair.kind]}
     for text in [*[a + b for a, b in EDGES.values()], BEGIN, "", "  two  spaces "]:
         assert pair.ours.tok_encode(text) == pair.theirs.tok_encode(text), text
         assert pair.ours.tok_encode(text, False) == pair.theirs.tok_encode(text, False), text
 
 
-def test_what_lm_eval_has_no_score_for_is_named(pair: Pair) -> None:
-    window = ("the", " model reads" * 200)
-    with pytest.raises(ConfigError, match="longer than max_length = 128"):
-        pair.ours.loglikelihood([Instance("loglikelihood", {}, window, 0)], disable_tqdm=True)
+def test_what_lm_eval_has_no_score_for_is_scored_by_rule_and_counted(pair: Pair) -> None:
+    def theirs(context: list[int], continuation: list[int]) -> float:
+        return pair.theirs._loglikelihood_tokens([(("", ""), context, continuation)], disable_tqdm=True)[0][0]
+
+    def ours(context: str, continuation: str, counted: str) -> float:
+        before = pair.ours.counts
+        ((total, _),) = pair.ours.loglikelihood([Instance("loglikelihood", {}, (context, continuation), 0)])
+        new = {name: count - before[name] for name, count in pair.ours.counts.items()}
+        assert new[counted] == 1, new
+        return total
+
+    encode = pair.ours.tok_encode
+    context, continuation = pair.ours._encode_pair(*(window := ("the", " model reads" * 200)))
+    windows = get_rolling_token_windows(continuation, context[-1], pair.ours.max_length, 1)
+    total = sum(theirs(*make_disjoint_window(one)) for one in windows)
+    assert ours(*window, "longer_than_a_row") == pytest.approx(total, abs=3 * NEAR)
     parts = [(word[i:j], word[i : j + 1]) for word in WORDS for i in range(len(word)) for j in range(i + 1, len(word))]
-    sizes = [tuple(len(pair.ours.tok_encode(text, False)) for text in both) for both in parts]
-    begin, whole = next(both for both, (short, long) in zip(parts, sizes, strict=True) if short == long)
-    merged = (begin, whole[len(begin) :])
-    with pytest.raises(AssertionError):
-        pair.theirs.loglikelihood([Instance("loglikelihood", {}, merged, 0)], disable_tqdm=True)
-    with pytest.raises(ConfigError, match="the tokenizer joins them in the context's last token"):
-        pair.ours.loglikelihood([Instance("loglikelihood", {}, merged, 0)], disable_tqdm=True)
+    begin, whole = next((a, b) for a, b in parts if len(encode(a, False)) == len(encode(b, False)))
+    ids, place = encode(whole), len(encode(begin)) - 1
+    alone = theirs(ids[:place] or [pair.ours.prefix_token_id], ids[place:])
+    assert ours(begin, whole[len(begin) :], "merged_with_the_context") == pytest.approx(alone, abs=NEAR)
+    if pair.kind == "gpt2":
+        alone = theirs([pair.ours.prefix_token_id], encode(" the"))
+        assert ours(" ", "the", "no_context_left") == pytest.approx(alone, abs=NEAR)
+    with pytest.raises(ConfigError, match="an empty continuation behind 'the model': there is nothing to score"):
+        ours("the model", "", "no_context_left")
 
 
 @pytest.mark.slow
