@@ -11,6 +11,7 @@ READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 LOCK := requirements.lock
 LOCK_DEV := requirements-dev.lock
+LOCK_GPU := requirements-gpu.lock
 # Not in the lock: its CPU build has another hash than the one that brings CUDA, and the oracles run on either.
 TORCH := torch==2.13.0
 UV := $(shell grep -oE '^uv==[0-9.]+' $(LOCK))
@@ -33,15 +34,17 @@ lint: $(READY_DEV)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# Done once, and again when what is installed would change. uv does not read pip's settings: the index is handed over.
+# uv does not read pip's settings: the index is handed over.
+USE_INDEX = index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}}; \
+	test -z "$$index" || export UV_DEFAULT_INDEX="$$index";
+
+# Done once, and again when what is installed would change.
 define install
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "palmjax needs Python 3.11 or newer and found none: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}}; \
-	test -z "$$index" || export UV_DEFAULT_INDEX="$$index"; \
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r $(1) && \
+	$(USE_INDEX) $(BIN)/uv pip install --python $(BIN)/python --require-hashes -r $(1) && \
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 endef
 
@@ -49,9 +52,12 @@ $(READY): $(LOCK) pyproject.toml
 	$(call install,$(LOCK))
 	@touch $@
 
-# What the tests need besides: linters, the TPU compiler, transformers and torch as oracles.
-$(READY_DEV): $(LOCK) $(LOCK_DEV) pyproject.toml
+# What the tests need besides: linters, the TPU compiler, transformers and torch as oracles. The GPU compiler lies apart:
+# where jax can import its CUDA plugin, every program looks for a GPU and complains that there is none.
+$(READY_DEV): $(LOCK) $(LOCK_DEV) $(LOCK_GPU) pyproject.toml
 	$(call install,$(LOCK_DEV))
+	$(USE_INDEX) $(BIN)/uv pip install --python $(BIN)/python --no-deps --target $(VENV)/gpu-compiler \
+		--require-hashes -r $(LOCK_GPU)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@touch $@ $(READY)
 
@@ -61,6 +67,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml --python-version 3.11 --python-pl
 lock: $(READY_DEV)
 	$(COMPILE) --extra build --output-file $(LOCK)
 	$(COMPILE) --extra dev --constraint $(LOCK) --output-file $(LOCK_DEV)
+	$(subst pyproject.toml,--group gpu-compiler --no-deps,$(COMPILE)) --output-file $(LOCK_GPU)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis dist

@@ -69,3 +69,27 @@ def refusals(case: Case, chip: str | None) -> list[str]:
     if case.head_dim > widest:
         reasons.append(f"head_dim {case.head_dim}: at most {widest}")
     return reasons
+
+
+def program(chip: str, head_dim: int, everything: bool) -> tuple[Any, list[Any]]:
+    """The gradient of `attention(impl="gpu")` and operands: 2048 tokens, 16 query heads, one key/value head, causal.
+
+    everything: with segments, a window, ALiBi and a soft-cap, which is what takes most registers.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.attention.api import attention
+    from pallas_kernels.attention.masks import Mask
+
+    def gradient(q: Any, k: Any, v: Any, do: Any, segments: Any) -> Any:
+        extras: dict[str, Any] = {}
+        if everything:
+            slopes = jnp.ones(q.shape[2])
+            extras = dict(mask=Mask(window=512), segments=segments, alibi_slopes=slopes, soft_cap=30.0)
+        out, backward = jax.vjp(lambda q, k, v: attention(q, k, v, impl="gpu", chip=chip, **extras), q, k, v)
+        return out, backward(do)
+
+    q, kv = (1, 2048, 16, head_dim), (1, 2048, 1, head_dim)
+    operands = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in (q, kv, kv, q)]
+    return gradient, [*operands, jax.ShapeDtypeStruct((1, 2048), "int32")]

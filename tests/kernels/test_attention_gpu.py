@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax._src import core as jax_core
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels.attention import Case, Mask, attention, explain, gpu, gpu_table
+from pallas_kernels import aot_gpu
+from pallas_kernels.attention import Case, Mask, attention, explain, gpu, gpu_backward, gpu_forward, gpu_table
 from pallas_kernels.attention.gpu_plan import Ring, Stream, Tuning, key_bounds, parts_of, row_bounds
 from pallas_kernels.attention.masks import ranges
 from pallas_kernels.attention.reference import EMPTY
@@ -40,7 +42,7 @@ def _one_compilation_a_kernel() -> Iterator[None]:
     def run(jaxpr: Any, consts: Any, *args: Any) -> None:
         with lock:
             if id(jaxpr) not in programs:
-                program = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None)
+                program = jax.jit(lambda consts, *args: jax_core.eval_jaxpr(jaxpr, consts, *args) and None)
                 # The jaxpr is kept too: its id must not become another's.
                 programs[id(jaxpr)] = program.lower(consts, *args).compile(), jaxpr
         programs[id(jaxpr)][0](consts, *args)
@@ -118,8 +120,8 @@ def test_the_future_changes_nothing_and_two_runs_are_the_same_bits():
 
 def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients():
     example = Example(length=70, heads=2, kv_heads=1, width=16, rows=1)
-    index = np.arange(70, dtype=np.int32)[None]
-    first, stop = np.where(index % 3 == 1, index + 1, 0), index + 1
+    index = jnp.arange(70, dtype=np.int32)[None]
+    first, stop = jnp.where(index % 3 == 1, index + 1, 0), index + 1
     call = functools.partial(gpu.attention, first=first, stop=stop, scale=1.0, tuning=SMALL, interpret=True)
     out, lse, dq, dk, dv = gradients(call, example.arrays(), np.float32)
     assert np.all(out[:, 1::3] == 0.0)
@@ -135,12 +137,12 @@ def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients():
 )
 def test_blocks_visit_all_that_is_seen_and_mask_all_that_is_not(spans, causal, parts):
     """12 rows in blocks of 4 against 24 keys in tiles of 8; by keys, tiles of 4 rows shared out in parts."""
-    first, stop = (np.asarray([x], np.int32) for x in zip(*spans, strict=True))
+    first, stop = (jnp.asarray([x], jnp.int32) for x in zip(*spans, strict=True))
     if causal:
-        first, stop = np.zeros_like(first), np.sort(stop)
+        first, stop = jnp.zeros_like(first), jnp.sort(stop)
     keys = np.arange(24)
-    seen = ((keys >= first[..., None]) & (keys < stop[..., None])).reshape(3, 4, 3, 8)
-    some, whole = seen.any((1, 3)), seen.all((1, 3))
+    seen = np.asarray((keys >= first[..., None]) & (keys < stop[..., None])).reshape(3, 4, 3, 8)
+    some, whole = np.any(seen, (1, 3)), np.all(seen, (1, 3))
 
     def visited(bounds: Any, stride: int = 1, begin: int = 0) -> tuple[set[int], set[int]]:
         low, full, high, end = (int(x) for x in bounds)
@@ -196,3 +198,23 @@ def test_what_was_measured_runs_by_itself(monkeypatch):
 def test_what_the_kernels_cannot_do_is_refused_with_the_reason(change, chip, reason):
     with pytest.raises(ValueError, match=reason):
         explain("gpu", dataclasses.replace(CASE, **change), chip)
+
+
+PROGRAMS = {(row.head_dim, row.tuning): row for row in gpu_table.rows()}
+"""One row of those that are the same program: the chips' instructions are the same."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(aot_gpu.compiler() is None, reason="no CUDA compiler: `make test` puts it into .venv/gpu-compiler")
+@pytest.mark.parametrize("everything", [False, True], ids=["causal", "everything"])
+@pytest.mark.parametrize("row", PROGRAMS.values(), ids=lambda row: f"{row.chip}-{row.head_dim}")
+def test_every_tuned_row_is_assembled_for_hopper_without_a_spill(row, everything):
+    found = aot_gpu.assemblies(
+        "pallas_kernels.attention.gpu_table:program", chip=row.chip, head_dim=row.head_dim, everything=everything
+    )
+    assert set(found) == {gpu_forward.NAME, gpu_backward.DQ, gpu_backward.DKV}
+    for name, assembly in found.items():
+        assert assembly.spill_stores == assembly.spill_loads == 0, name
+        assert "LDL" not in assembly.instructions
+        assert "STL" not in assembly.instructions
+        assert assembly.instructions["HGMMA"] >= 2 * row.head_dim // 16, name
