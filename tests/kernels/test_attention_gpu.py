@@ -94,12 +94,21 @@ def test_the_op_runs_the_table_s_block_sizes_in_bfloat16():
     check(example, call, jnp.bfloat16, 1e-2)
 
 
-def test_warpgroups_race_for_nothing_and_read_nothing_unwritten():
-    """With NaN in scratch and outputs until they are written."""
+def test_warpgroups_race_for_nothing_and_read_nothing_unwritten(monkeypatch):
+    """With NaN in scratch and outputs until they are written. Each kernel has a detector of its own."""
+    detectors: list[Any] = []
+    make: Any = gpu_callbacks.RaceDetectionState  # pyright: ignore[reportPrivateImportUsage]
+
+    def recorded(**given: Any) -> Any:
+        detectors.append(make(**given))
+        return detectors[-1]
+
+    monkeypatch.setattr(gpu_callbacks, "RaceDetectionState", recorded)
     example = Example(length=53, heads=5, kv_heads=1, width=16, rows=1, cuts=(20,))
     params = InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     check(example, kernels(example, interpret=params))
-    assert not gpu_callbacks.get_races().races_found
+    assert len(detectors) == 3
+    assert not any(detector.races_found for detector in detectors)
 
 
 def test_the_future_changes_nothing_and_two_runs_are_the_same_bits():
