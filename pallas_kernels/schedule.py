@@ -44,8 +44,8 @@ def cycles(
     if chip not in FLOPS_PER_CYCLE:
         raise ValueError(f"schedule: chip {chip!r} is not known; there is {', '.join(FLOPS_PER_CYCLE)}")
     peak = flops / (FLOPS_PER_CYCLE[chip] * CORES.get(chip, 1))
-    row = _nearest(chip, width, length, dtype)
     which = "forward" if kernel == tpu_forward.NAME else "backward"
+    row = _nearest(chip, which, width, length, dtype)
     cost = None if row is None else getattr(row, f"{which}_cost")
     source = None if row is None else row.source if which == "forward" else row.backward_source
     if row is None or cost is None or source not in ("bundles", "simulated"):
@@ -55,8 +55,9 @@ def cycles(
     return peak / share, f"{source} of the tuned row T={row.length} D={row.head_dim} ({share:.0%} of the peak)"
 
 
-def _nearest(chip: str, width: int, length: int, dtype: str) -> table.Row | None:
-    fits = [row for row in table.rows() if row.chip == chip and row.dtype == dtype and row.head_dim >= min(width, 256)]
+def _nearest(chip: str, which: str, width: int, length: int, dtype: str) -> table.Row | None:
+    known = [row for row in table.rows() if row.chip == chip and getattr(row, f"{which}_cost") is not None]
+    fits = [row for row in known if row.dtype == dtype and row.head_dim >= min(width, 256)]
     return min(fits, key=lambda row: (row.head_dim, abs(row.length - length)), default=None)
 
 

@@ -14,8 +14,11 @@ NAMES = ("tpu", "xla", "reference")
 
 TABLE = Path(__file__).parent / "tuned.json"
 
-MOST_ROWS = 512
-"""Query rows of one key/value head that the TPU kernel holds: more is a prompt, and no longer bound by the cache."""
+MOST_ROWS = 256
+"""Queries times heads that the TPU kernel holds: more is a prompt, and no longer bound by the cache."""
+
+TILE = 8
+"""Rows of a tile in memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Entries of a block (`size`) for one chip and width. cost: of one core, for the shape in `decode_schedule`;
-    source: "simulated" (cycles), "bundles" or "measured" (microseconds). provenance: versions and date.
+    """Keys of a block (`size`, entries times heads) for one chip and width. cost: of one core, for the shape of
+    `cost.program`; source: "simulated" (cycles), "bundles" or "measured" (microseconds).
     """
 
     chip: str
@@ -59,7 +62,7 @@ class Row:
     dtype: str
     size: int
     cores: int
-    cost: int
+    cost: int | None
     source: str
     provenance: dict[str, str]
 
@@ -95,15 +98,15 @@ def refusals(impl: str, case: Case, chip: str | None) -> list[str]:
         reasons.append(f"chip {chip!r}: the table has {', '.join(chips)}")
     if case.dtype != case.cache_dtype or case.dtype not in ("bfloat16", "float32"):
         reasons.append(f"q {case.dtype}, cache {case.cache_dtype}: it has bfloat16 and float32, both alike")
-    if case.head_dim % LANES and case.kv_heads > 1:
+    if case.kv_heads > 1 and case.page is None and (case.kv_heads % TILE or case.head_dim % LANES):
         reasons.append(
-            f"head_dim {case.head_dim} of {case.kv_heads} key/value heads: multiples of {LANES}, or one head"
+            f"{case.kv_heads} key/value heads of {case.head_dim}: one, or multiples of {TILE} of multiples of {LANES}, "
+            "which lie in memory as they are read"
         )
     if case.head_dim > 256:
         reasons.append(f"head_dim {case.head_dim}: at most 256")
-    of_head = case.queries * case.heads // case.kv_heads
-    if of_head > MOST_ROWS:
-        reasons.append(f"{of_head} query rows a key/value head: at most {MOST_ROWS}")
+    if case.queries * case.heads > MOST_ROWS:
+        reasons.append(f"{case.queries} queries of {case.heads} heads: at most {MOST_ROWS} rows")
     if case.page is not None and case.page % LANES:
         reasons.append(f"pages of {case.page} entries: multiples of {LANES}, each is one copy")
     return reasons

@@ -2,9 +2,10 @@
 online. What it takes is the time to read what is filled: blocks that no query of a row sees are neither copied nor
 computed, rows may be of any lengths, and a row's bits do not depend on the others.
 
-One sequence is one row's key/value head with its query heads: [rows, D] against blocks [size, D]. Where sequences do
-not share themselves out over a chip's cores, the cache of each is split among them and the parts are merged by their
-log-sum-exp.
+A block is some entries with all their key/value heads, as they lie in memory: [keys, D], keys = entries x heads. All
+query heads meet all of it, and a mask keeps each to its own: the matrix units load keys as slowly for few queries as
+for many, and what is computed in vain hides behind the copies. Where rows do not share themselves out over a chip's
+cores, each row's blocks are split among them and the parts merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -27,14 +28,13 @@ SUBLANES = 16
 """Query rows are padded to whole tiles of bfloat16."""
 
 MASKED, FLOOR = -1e30, -1e29
-FIELDS = ("first", "stop", "index", "slope")
+FIELDS = ("first", "stop", "index", "slope", "head")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """rows: of queries, padded, of one sequence; kv_heads: sequences of a row; entries: of the cache; size: entries of
-    a block; splits: of each sequence; paged: blocks are pages; filled: entries that all rows have, when no data says
-    so; else None.
+    """rows: queries with all heads, padded. kv_heads, entries: of the cache. size: entries of a block. splits: parts of
+    each row's blocks. paged: blocks are pages. filled: entries that all rows have, when no data says so; else None.
     """
 
     rows: int
@@ -47,6 +47,22 @@ class _Plan:
     scale: float
     soft_cap: float | None
     filled: int | None
+
+    @property
+    def keys(self) -> int:
+        """Of a block."""
+        return self.size * self.kv_heads
+
+    def of_key(self, number: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Entry and head of a block's keys by their numbers, float32; no head where there is but one."""
+        number = number.astype(jnp.float32)
+        if self.kv_heads == 1:
+            return number, None
+        # A page keeps its heads apart. Floors of halves are exact: no vector unit divides whole numbers.
+        inner = self.size if self.paged else self.kv_heads
+        outer = jnp.floor((number + 0.5) * (1.0 / inner))
+        within = number - outer * inner
+        return (within, outer) if self.paged else (outer, within)
 
     @property
     def blocks(self) -> int:
@@ -73,8 +89,7 @@ class _Plan:
         return table[at + 2], table[at + 3], table[at + 4]
 
     def _at(self, sequence: Any) -> Any:
-        row = sequence if self.kv_heads == 1 else jax.lax.div(sequence, self.kv_heads)
-        return 1 + 5 * row
+        return 1 + 5 * sequence
 
 
 def _table(plan: _Plan, layer: Any, first: jax.Array, stop: jax.Array) -> jax.Array:
@@ -103,19 +118,22 @@ def _kernel(plan: _Plan, table_ref: Any, *refs: Any) -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def block(edge: bool) -> None:
-        k, v = (ref[...].reshape(plan.size, ref.shape[-1]) for ref in (k_ref, v_ref))
+        k, v = (ref[...].reshape(plan.keys, ref.shape[-1]) for ref in (k_ref, v_ref))
         z = dot(q_ref[0], k, (1, 1)) * plan.scale
         if plan.soft_cap is not None:
             z = plan.soft_cap * jnp.tanh(z / plan.soft_cap)
-        key = (start + jax.lax.broadcasted_iota(jnp.int32, (1, plan.size), 1)).astype(jnp.float32)
+        entry, head = plan.of_key(jax.lax.broadcasted_iota(jnp.int32, (1, plan.keys), 1))
+        entry = entry + start.astype(jnp.float32)
         fields = {name: fields_ref[0, :, n : n + 1] for n, name in enumerate(FIELDS)}
         if plan.alibi:
-            z = z - fields["slope"] * jnp.abs(fields["index"] - key)
+            z = z - fields["slope"] * jnp.abs(fields["index"] - entry)
+        if head is not None:
+            z = jnp.where(head == fields["head"], z, MASKED)
         if edge:
-            z = jnp.where((key >= fields["first"]) & (key < fields["stop"]), z, MASKED)
+            z = jnp.where((entry >= fields["first"]) & (entry < fields["stop"]), z, MASKED)
             # What nobody has written may be NaN, which no zero weight takes away.
-            entry = start + jax.lax.broadcasted_iota(jnp.int32, (plan.size, 1), 0)
-            v = jnp.where(entry < behind, v, jnp.zeros_like(v))
+            entry, _ = plan.of_key(jax.lax.broadcasted_iota(jnp.int32, (plan.keys, 1), 0))
+            v = jnp.where(entry + start.astype(jnp.float32) < behind, v, jnp.zeros_like(v))
         top = jnp.maximum(top_ref[...], jnp.max(z, axis=1, keepdims=True))
         weights = jnp.exp2((z - top[:, :1]) * LOG2E)
         keep = jnp.exp2((top_ref[...] - top) * LOG2E)
@@ -164,11 +182,11 @@ def decode_attention(
     K = k.shape[3] if pages is None else k.shape[2]
     entries = k.shape[2] if pages is None else k.shape[3] * pages.shape[1]
     plan = _Plan(
-        rows=-(-Q * (H // K) // SUBLANES) * SUBLANES,
+        rows=-(-Q * H // SUBLANES) * SUBLANES,
         kv_heads=K,
         entries=entries,
-        size=min(size, entries) if pages is None else k.shape[3],
-        splits=cores if B * K % cores else 1,
+        size=min(max(size // K, SUBLANES), entries) if pages is None else k.shape[3],
+        splits=cores if B % cores else 1,
         paged=pages is not None,
         alibi=alibi_slopes is not None,
         scale=scale,
@@ -176,26 +194,18 @@ def decode_attention(
         filled=filled,
     )
     first, stop = seen_range(mask, positions, entries, prefix)
-    packed = _to_rows(jnp.moveaxis(q.reshape(B, Q, K, H // K, D), 1, 3), plan.rows)
-    values = [first, stop, positions]
-    fields = [jnp.broadcast_to(x[:, None, None, :], (B, K, H // K, Q)).astype(jnp.float32) for x in values]
     slopes = jnp.zeros((H,)) if alibi_slopes is None else alibi_slopes
-    fields.append(jnp.broadcast_to(slopes.reshape(1, K, H // K, 1), (B, K, H // K, Q)).astype(jnp.float32))
-    out, lse = _call(
-        plan,
-        _table(plan, layer, first, stop),
-        pages,
-        _to_rows(jnp.stack(fields, -1), plan.rows),
-        packed,
-        k,
-        v,
-        interpret,
+    of_queries = (x[:, :, None] for x in (first, stop, positions))
+    fields = jnp.stack(
+        [jnp.broadcast_to(x, (B, Q, H)).astype(jnp.float32) for x in (*of_queries, slopes, jnp.arange(H) // (H // K))],
+        -1,
     )
+    given = (_to_rows(x, plan.rows) for x in (fields, q))
+    out, lse = _call(plan, _table(plan, layer, first, stop), pages, *given, k, v, interpret)
     if plan.splits > 1:
         share = jax.nn.softmax(lse[..., :1], axis=1)
         out = jnp.sum(share * out, axis=1, keepdims=True)
-    out = out[:, 0, : Q * (H // K)].reshape(B, K, H // K, Q, D)
-    return jnp.moveaxis(out, 3, 1).reshape(B, Q, H, D).astype(q.dtype)
+    return out[:, 0, : Q * H].reshape(B, Q, H, D).astype(q.dtype)
 
 
 def seen_range(mask: Mask, positions: jax.Array, entries: int, prefix: jax.Array | None) -> tuple[Any, Any]:
@@ -208,16 +218,16 @@ def seen_range(mask: Mask, positions: jax.Array, entries: int, prefix: jax.Array
 
 
 def _to_rows(x: jax.Array, rows: int) -> jax.Array:
-    """[B, K, G, Q, n] to [B K, rows, n]; padding rows see nothing."""
-    B, K, G, Q, n = x.shape
-    return jnp.pad(x.reshape(B * K, G * Q, n), ((0, 0), (0, rows - G * Q), (0, 0)))
+    """[B, Q, H, n] to [B, rows, n]; padding rows see nothing."""
+    B, Q, H, n = x.shape
+    return jnp.pad(x.reshape(B, Q * H, n), ((0, 0), (0, rows - Q * H), (0, 0)))
 
 
 def _call(
     plan: _Plan, table: Any, pages: Any, fields: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Float32 (out [N, splits, rows, D], lse [N, splits, rows, LANES])."""
-    N, rows, D = q.shape
+    """Float32 (out [B, splits, rows, D], lse [B, splits, rows, LANES])."""
+    B, rows, D = q.shape
     K = plan.kv_heads
 
     def block_of(n: Any, split: Any, step: Any, table: Any) -> Any:
@@ -226,36 +236,34 @@ def _call(
         return jnp.maximum(jnp.minimum(begin + step, end - 1), 0)
 
     def at(n: Any, split: Any, step: Any, table: Any, *pages: Any) -> tuple[Any, ...]:
-        block, (row, head) = (
-            block_of(n, split, step, table),
-            (n, 0) if K == 1 else (jax.lax.div(n, K), jax.lax.rem(n, K)),
-        )
+        block = block_of(n, split, step, table)
         if plan.paged:
-            return table[0], pages[0][row * plan.blocks + block], head, 0, 0
-        return table[0], row, block, head
+            return table[0], pages[0][n * plan.blocks + block], 0, 0, 0
+        return table[0], n, block, 0
 
     if plan.paged:
-        of_cache = pl.BlockSpec((1, 1, 1, plan.size, D), at)
+        of_cache = pl.BlockSpec((1, 1, K, plan.size, D), at)
     else:
-        of_cache = pl.BlockSpec((1, 1, plan.size, D), at)
-        k, v = (x.reshape(*x.shape[:3], K * D) for x in (k, v))
+        # In place: heads fill whole tiles, or there is one.
+        of_cache = pl.BlockSpec((1, 1, plan.keys, D), at)
+        k, v = (x.reshape(*x.shape[:2], -1, D) for x in (k, v))
     whole = [pl.BlockSpec((1, rows, width), lambda n, *_: (n, 0, 0)) for width in (len(FIELDS), D)]
     outs = [pl.BlockSpec((1, 1, rows, width), lambda n, split, *_: (n, split, 0, 0)) for width in (D, LANES)]
     given = (table,) if pages is None else (table, pages.astype(jnp.int32).reshape(-1))
-    read = 2 * N * (plan.filled or plan.entries) * D * k.dtype.itemsize
+    read = 2 * B * (plan.filled or plan.entries) * K * D * k.dtype.itemsize
     return pl.pallas_call(
         functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(given),
-            grid=(N, plan.splits, plan.steps),
+            grid=(B, plan.splits, plan.steps),
             in_specs=[*whole, of_cache, of_cache],
             out_specs=outs,
             scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32) for width in (LANES, LANES, D)],
         ),
-        out_shape=[jax.ShapeDtypeStruct((N, plan.splits, rows, width), jnp.float32) for width in (D, LANES)],
+        out_shape=[jax.ShapeDtypeStruct((B, plan.splits, rows, width), jnp.float32) for width in (D, LANES)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=4 * N * rows * plan.entries * D, transcendentals=N * rows * plan.entries, bytes_accessed=read
+            flops=4 * B * rows * plan.entries * K * D, transcendentals=B * rows * plan.entries * K, bytes_accessed=read
         ),
         interpret=interpret,
         name=NAME,

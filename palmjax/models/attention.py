@@ -194,6 +194,7 @@ class AttentionModule(nn.Module):
         if rows.pages is not None:
             length = rows.pages.shape[1] * cache["key"].shape[3]
         operands = c.positions.operands(q, length, rows.shared, self.context)
+        chip = sharding.device_kind()
 
         def op(
             q: jax.Array,
@@ -219,6 +220,7 @@ class AttentionModule(nn.Module):
                 bias=scores.bias,
                 scale=scale,
                 pages=pages,
+                chip=chip,
             )
 
         # The caches of all layers, so that only what the op reads of this one is ever copied.
