@@ -11,6 +11,7 @@ import pytest
 
 from palmjax.config import ConfigError
 from palmjax.loss import CrossEntropy, token_losses, token_sums
+from palmjax.models.embeddings import UntiedHead
 from tests.models.builders import random_batch, tiny_palm
 
 
@@ -56,3 +57,19 @@ def test_tokens_without_weight_count_for_nothing():
 def test_a_negative_z_loss_is_refused():
     with pytest.raises(ConfigError, match=r"z_loss = -1"):
         CrossEntropy(z_loss=-1)
+
+
+def test_logits_by_parts_leave_a_head_with_a_bias_out():
+    model = tiny_palm(num_layers=1, head=UntiedHead(bias=True)).build()
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"CrossEntropy.part: this head is more than one product"):
+        jax.eval_shape(CrossEntropy(part=8).build(model), params, random_batch())
+    with pytest.raises(ConfigError, match=r"part = 0"):
+        CrossEntropy(part=0)
+
+
+def test_logits_by_parts_of_an_untied_head_give_the_same_loss():
+    model = tiny_palm(num_layers=1, head=UntiedHead(logit_scale=0.5, soft_cap=2.0)).build()
+    params, batch = model.init(jax.random.key(0)), random_batch(rows=2)
+    (want, _), (got, _) = (CrossEntropy(part=part).build(model)(params, batch) for part in (None, 40))
+    np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -17,7 +17,7 @@ from palmjax.config import ConfigError, PackingPart
 from palmjax.data.batch import Batch
 from palmjax.models.attention import CACHE, PAGED_CACHE, Rows
 from palmjax.models.decoder import Decoder, DecoderModule
-from palmjax.models.embeddings import RESIDUAL
+from palmjax.models.embeddings import RESIDUAL, Readout
 from palmjax.models.layers import Report
 from palmjax.models.parameters import STACKED, AxesBox, declaring
 
@@ -135,6 +135,11 @@ class LanguageModel:
             return logits
         real = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
         return jnp.where(sharding.constrain(real, ("vocab",)), logits, MASKED_LOGIT)
+
+    def readout(self, params: Any) -> Readout | None:
+        """The head as a product with a table, whose padding is not masked out; None where it is more than that."""
+        head, table = params["decoder"].get(HEAD, {}), params["token_embedder"]["embedding"]
+        return self.config.head.readout(head, table, self.config.d_model)
 
     def init_cache(self, rows: int, length: int) -> Cache:
         """An empty key/value cache for `rows` rows of at most `length` tokens."""

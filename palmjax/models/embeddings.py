@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -109,6 +110,19 @@ class HeadPart(Part):
 
     tied: bool
 
+    def readout(self, params: Any, table: jax.Array, d_model: int) -> Readout | None:
+        """The head as one product with the rows of a table, of its parameters (`params`); None where it is more."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """logits = cap(scale hidden table^T). table: [V padded, D], its logical axes ("vocab", "embed")."""
+
+    table: jax.Array
+    scale: float
+    soft_cap: float | None
+
 
 def _capped(logits: jax.Array, cap: float | None) -> jax.Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -134,6 +148,13 @@ class TiedHead(HeadPart):
     def build(self, context: Context, rows: int) -> nn.Module:
         return TiedHeadModule(self, context)
 
+    def scale(self, d_model: int) -> float:
+        """Of the logits."""
+        return d_model**-0.5 if self.logit_scale is None else self.logit_scale
+
+    def readout(self, params: Any, table: jax.Array, d_model: int) -> Readout | None:
+        return None if table.shape[1] != d_model else Readout(table, self.scale(d_model), self.soft_cap)
+
 
 class TiedHeadModule(nn.Module):
     """Logits from the token table."""
@@ -149,8 +170,7 @@ class TiedHeadModule(nn.Module):
             out: Axes = ("batch", "length", None)
             hidden = Dense("BTD,DW->BTW", (D, W), ("embed", None), stddev, out, name="project_out")(hidden)
         logits = sharding.einsum("BTD,VD->BTV", hidden, table, out=("batch", "length", "vocab"), dtype=jnp.float32)
-        scale = D**-0.5 if self.config.logit_scale is None else self.config.logit_scale
-        return _capped(logits * scale, self.config.soft_cap)
+        return _capped(logits * self.config.scale(D), self.config.soft_cap)
 
 
 @section
@@ -169,6 +189,9 @@ class UntiedHead(HeadPart):
 
     def build(self, context: Context, rows: int) -> nn.Module:
         return UntiedHeadModule(self, context, rows)
+
+    def readout(self, params: Any, table: jax.Array, d_model: int) -> Readout | None:
+        return None if self.bias else Readout(params["kernel"].T, self.logit_scale, self.soft_cap)
 
 
 class UntiedHeadModule(nn.Module):

@@ -42,9 +42,16 @@ LAYOUTS = {
 MODEL = tiny_palm(heads=8, vocab_size=90, vocab_multiple=8)
 
 
-def run(config: MeshConfig, residual: tuple[str, ...], devices: int, microbatches: int = 1, steps: int = 2):
+def run(
+    config: MeshConfig,
+    residual: tuple[str, ...],
+    devices: int,
+    microbatches: int = 1,
+    steps: int = 2,
+    part: int | None = None,
+):
     """Loss and gradients of the first step and the state after `steps`, as numpy."""
-    model, loss, optimizer = MODEL.build(), CrossEntropy().build(MODEL.build()), Adafactor()
+    model, loss, optimizer = MODEL.build(), CrossEntropy(part=part).build(MODEL.build()), Adafactor()
     transformation = optimizer.build(model.axes)
     rules = ShardingRules(residual=residual)
     placed = mesh.build(config, jax.devices()[:devices])
@@ -85,6 +92,12 @@ def assert_equal_to_single(got):
         for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(x[name]) for x in (want, got)), strict=True):
             error = np.linalg.norm(a - b) / np.linalg.norm(a)
             assert error < 1e-5, f"{name}{jax.tree_util.keystr(path)}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("layout", ["1x8", "1x2x4 residual over tensor"])
+def test_the_loss_by_parts_of_a_sharded_vocabulary_is_that_of_all_logits(layout):
+    """Tables whose rows, and whose columns, are spread; parts that divide neither the vocabulary nor its shards."""
+    assert_equal_to_single(run(*LAYOUTS[layout], devices=8, part=7))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
