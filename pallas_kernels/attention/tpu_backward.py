@@ -37,8 +37,7 @@ def block_of(core: Any, step: Any, cores: int) -> Any:
 
 def _kernel(plan: Plan, *refs: Any) -> None:
     table_ref, fields_ref, refs = split(plan, refs)
-    q_ref, do_ref, k_ref, v_ref, *refs = refs
-    dq_ref, dk_hbm, dv_hbm, dq_sum, dk_sum, dv_sum, columns_ref, sent = refs
+    q_ref, do_ref, k_ref, v_ref, dq_ref, dk_hbm, dv_hbm, dq_sum, dk_sum, dv_sum, columns_ref, sent = refs
     n, core, step = (pl.program_id(axis) for axis in range(3))
 
     @pl.when(step == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.attention.masks import Mask
 from pallas_kernels.decode_attention import reference, tpu, xla
@@ -79,7 +80,7 @@ def decode_attention(
         sizes = {"size": choice.row.size, "cores": choice.row.cores}
         return tpu.decode_attention(q, k, v, positions, layer, **sizes, interpret=interpret, **shared)
     run = xla.decode_attention if choice.name == "xla" else reference.decode_attention
-    return run(q, k, v, positions, layer, bias=bias, **shared)
+    return run(q, k, v, positions, jnp.asarray(layer), bias=bias, **shared)
 
 
 def _check_extras(

@@ -200,8 +200,8 @@ def decode_attention(
         [jnp.broadcast_to(x, (B, Q, H)).astype(jnp.float32) for x in (*of_queries, slopes, jnp.arange(H) // (H // K))],
         -1,
     )
-    given = (_to_rows(x, plan.rows) for x in (fields, q))
-    out, lse = _call(plan, _table(plan, layer, first, stop), pages, *given, k, v, interpret)
+    fields, q = (_to_rows(x, plan.rows) for x in (fields, q))
+    out, lse = _call(plan, _table(plan, layer, first, stop), pages, fields, q, k, v, interpret)
     if plan.splits > 1:
         share = jax.nn.softmax(lse[..., :1], axis=1)
         out = jnp.sum(share * out, axis=1, keepdims=True)

@@ -136,7 +136,7 @@ def test_the_tpu_kernel_with_prefix_slopes_and_cap_through_the_public_call(paged
     rng = np.random.default_rng(0)
     heads, kv_heads = (4, 2) if paged else (4, 1)
     q, k, v = random_case(rng, queries=2, length=256, kv_heads=kv_heads, layers=2, heads=heads, width=64)
-    positions = np.array([[3, 4], [200, 201]], np.int32)
+    positions: Any = np.array([[3, 4], [200, 201]], np.int32)
     keywords: dict[str, Any] = {
         "mask": Mask(window=150),
         "prefix": np.array([9, 0], np.int32),
@@ -146,17 +146,18 @@ def test_the_tpu_kernel_with_prefix_slopes_and_cap_through_the_public_call(paged
     want = decode_attention(q, k, v, positions, 1, impl="reference", **keywords)
     if paged:
         pages = rng.permutation(4).reshape(2, 2).astype(np.int32)
-        store = np.empty((2, 2, 4, kv_heads, 128, 64), np.float32)
+        store: Any = np.empty((2, 2, 4, kv_heads, 128, 64), np.float32)
         for whole, place in zip((k, v), store, strict=True):
             place[:, pages.reshape(-1)] = np.swapaxes(whole.reshape(2, 4, 128, kv_heads, 64), 2, 3)
-        (k, v), keywords["pages"] = store, pages
+        k, v = store[0], store[1]
+        keywords["pages"] = pages
     got = decode_attention(q, k, v, positions, 1, impl="tpu", chip="TPU v4", interpret=True, **keywords)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_query_that_sees_nothing_gives_zeros():
     q, k, v = random_case(np.random.default_rng(0), queries=1, length=64, width=64)
-    positions = np.array([[-1], [5]], np.int32)
+    positions: Any = np.array([[-1], [5]], np.int32)
     for impl, chip in (("reference", None), ("xla", None), ("tpu", "TPU v5")):
         out = decode_attention(q, k, v, positions, mask=Mask(), impl=impl, chip=chip, interpret=True)
         assert np.all(np.asarray(out)[0] == 0.0) and np.all(np.isfinite(out)), impl
