@@ -117,13 +117,14 @@ def _receive(
 # --- from other stacks ---------------------------------------------------------------------------------------------
 
 
-def from_huggingface(source: Path, target: Path, bindings: Sequence[str] = ()) -> str:
+def from_huggingface(source: Path, target: Path, bindings: Sequence[str] = (), ignored: Sequence[str] = ()) -> str:
     """Converts a folder of transformers into the MODEL_DIR `target`. Returns the checkpoint's path.
 
-    bindings: gin over the written finetune.gin. Raises ConfigError, and leaves nothing, for a source that does not
-    agree with itself or with palmjax; what a killed conversion has written is kept and gone on from.
+    bindings: gin over the written finetune.gin. ignored: keys of config.json to pass over, though unknown. Raises
+    ConfigError, and leaves nothing, for a source that does not agree with itself or with palmjax; what a killed
+    conversion has written is kept and gone on from.
     """
-    given = folder.read(source)
+    given = folder.read(source, ignored)
     vocabulary, file = folder.vocabulary(source, given.config)
     text = experiment.finetuning(
         origin=f"{given.family.architecture} of {source.name}",
@@ -215,12 +216,7 @@ def to_t5x(source: str, target: Path, *, dtype: str = "float32", bindings: Seque
     of the parameters.
     """
     opened = _open(source, bindings)
-    form = t5x_names.PALMJAX
-    with contextlib.suppress(ConfigError):  # another network's
-        theirs = t5x.plan(opened.model, t5x_names.T5X, "T5X")
-        shapes = {tuple(name.split("/")): tensor.shape for name, tensor in theirs.items()}
-        if architecture(t5x_names.Tree(shapes, "").model()) == architecture(opened.model):
-            form = t5x_names.T5X
+    form = t5x.form_of(opened.model)
     final = target / f"{model_dir.PREFIX}{opened.info.step}"
     if final.exists():
         raise ConfigError(f"{final} exists already; choose another folder")
@@ -286,7 +282,7 @@ def _configuration(path: str, model: Decoder, model_type: str | None, beside: Pa
     carried = json.loads(config_file.read_text()) if config_file.exists() else {}
     if carried and model_type in (None, carried["model_type"]):
         family = families.named(carried["model_type"], str(config_file))
-        if architecture(family.model(carried, str(config_file))) == architecture(model):
+        if architecture(family.model(carried, str(config_file), ignored=None)) == architecture(model):
             return family, carried
     if model_type is None:
         return families.holding(model, path)
@@ -362,6 +358,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--dtype", choices=tuple(DTYPES), help="of the tensors that leave palmjax (float32, or what they came in)")
     add("--model_type", metavar="TYPE", help="the family of transformers to write, where several have the model")
     add("--max_shard_size", default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
+    add("--ignore", nargs="+", default=[], metavar="KEY", help="of config.json: keys to pass over, though unknown")
     add("--vocabulary", metavar="FILE", help="of a T5X checkpoint: a SentencePiece model or a tokenizer.json")
     return parser
 
@@ -378,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     to = options.to or ("huggingface" if kind == "palmjax" else "palmjax")
     match kind, to:
         case "huggingface", "palmjax":
-            print(from_huggingface(source, target, flags.bindings))
+            print(from_huggingface(source, target, flags.bindings, options.ignore))
         case "t5x", "palmjax":
             vocabulary = None if options.vocabulary is None else Path(options.vocabulary).expanduser()
             print(from_t5x(source, target, flags.files, flags.bindings, vocabulary))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -66,16 +66,109 @@ class NoPositions(PositionsPart):
     """Attention that is not told where tokens stand: positions are embedded, or not given at all."""
 
 
+class ScalingPart(Part):
+    """Rotary frequencies of a model that was stretched to longer rows than it was first trained on."""
+
+    magnitude: ClassVar[float] = 1.0
+    """What rotated queries and keys are multiplied by."""
+
+    def build(self) -> ScalingPart:
+        return self
+
+    def stretched(self, frequency: jax.Array, base: float) -> jax.Array:
+        """The frequencies [dims/2], highest first, float32, of which `frequency` are the ones of `base`."""
+        raise NotImplementedError
+
+
+@section
+class LinearScaling(ScalingPart):
+    """Positions divided by `factor` (Chen et al. 2023, position interpolation)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1.0, self, "factor", "1 or more")
+
+    def stretched(self, frequency: jax.Array, base: float) -> jax.Array:
+        return frequency / self.factor
+
+
+@section
+class BandScaling(ScalingPart):
+    """Long wavelengths divided by `factor`, short ones kept, and those between in between (LLaMA 3.1).
+
+    A wavelength is long if the row of `original_length` tokens holds fewer than `low` of it, short if more than `high`.
+    """
+
+    factor: float
+    original_length: int
+    low: float = 1.0
+    high: float = 4.0
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1.0, self, "factor", "1 or more")
+        require(self.original_length >= 1, self, "original_length", "1 or more")
+        require(0.0 < self.low < self.high, self, "low", f"above 0 and below high = {self.high}")
+
+    def stretched(self, frequency: jax.Array, base: float) -> jax.Array:
+        held = self.original_length * frequency / (2 * math.pi)
+        kept = jnp.clip((held - self.low) / (self.high - self.low), 0.0, 1.0)
+        return frequency * (kept + (1.0 - kept) / self.factor)
+
+
+@section
+class YaRNScaling(ScalingPart):
+    """YaRN (Peng et al. 2023, section 3): as BandScaling, with a ramp over dimensions instead of wavelengths.
+
+    original_length: tokens of the rows before. fast, slow: how often a wavelength that is kept, or divided, fits in
+    one of them. attention: what queries and keys are multiplied by; None for the paper's 0.1 ln(factor) + 1.
+    truncate: whether the ramp's ends are whole dimensions.
+    """
+
+    factor: float
+    original_length: int
+    fast: float = 32.0
+    slow: float = 1.0
+    attention: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1.0, self, "factor", "1 or more")
+        require(self.original_length >= 1, self, "original_length", "1 or more")
+        require(0.0 < self.slow < self.fast, self, "slow", f"above 0 and below fast = {self.fast}")
+
+    @property
+    def magnitude(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention is None else self.attention
+
+    def stretched(self, frequency: jax.Array, base: float) -> jax.Array:
+        half = frequency.shape[0]
+
+        def dimension(turns: float) -> float:
+            """The (fractional) pair of which a row holds so many turns."""
+            return half * math.log(self.original_length / (turns * 2 * math.pi)) / math.log(base)
+
+        first, last = dimension(self.fast), dimension(self.slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * half - 1)
+        ramp = (jnp.arange(half, dtype=jnp.float32) - first) / ((last - first) or 0.001)
+        divided = jnp.clip(ramp, 0.0, 1.0)
+        return frequency * (1.0 - divided + divided / self.factor)
+
+
 @section
 class RoPE(PositionsPart):
     """Rotary embedding (Su et al. 2021); dimension i is paired with i + dims/2 (GPT-NeoX, LLaMA, Falcon).
 
     base: the longest wavelength's base. PaLM does not publish base or rotated fraction; 10000 and all dimensions are
-    the values of the original paper. dims: how many of a head's first dimensions are rotated; None for all.
+    the values of the original paper. dims: how many of a head's first dimensions are rotated; None for all. scaling:
+    of a model stretched to longer rows; None for none.
     """
 
     base: float = 10_000.0
     dims: int | None = None
+    scaling: ScalingPart | None = None
 
     def __post_init__(self) -> None:
         if self.base <= 1.0:
@@ -92,9 +185,13 @@ class RoPE(PositionsPart):
         dims = self.dims or x.shape[-1]
         half = dims // 2
         frequency = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        if self.scaling is not None:
+            frequency = self.scaling.stretched(frequency, self.base)
         angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
         low, high = self.split(x[..., :dims].astype(jnp.float32))
         cos, sin = jnp.cos(angle), jnp.sin(angle)
+        if self.scaling is not None:
+            cos, sin = cos * self.scaling.magnitude, sin * self.scaling.magnitude
         turned = self.join(low * cos - high * sin, high * cos + low * sin).astype(x.dtype)
         return turned if dims == x.shape[-1] else jnp.concatenate([turned, x[..., dims:]], axis=-1)
 

@@ -22,9 +22,18 @@ OPT: dict[str, Any] = SMALL | {"ffn_dim": 48, "max_position_embeddings": 128, "w
 NEOX = SMALL | {"intermediate_size": 48}
 LLAMA: dict[str, Any] = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
 
+
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    """Rotary positions stretched four times."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0, **settings}}
+
+
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT | {"n_head": 4, "n_inner": 40}),
-    "gpt2 untied": ("gpt2", GPT | {"n_head": 2, "tie_word_embeddings": False}),
+    "gpt2 untied, ReLU, scores not scaled": (
+        "gpt2",
+        GPT | {"n_head": 2, "tie_word_embeddings": False, "scale_attn_weights": False, "activation_function": "relu"},
+    ),
     "opt": ("opt", OPT),
     "opt 350m: post-norm, narrow embeddings": ("opt", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
@@ -49,7 +58,21 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 12}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
+    "llama 3: stretched by wavelength": (
+        "llama",
+        LLAMA | rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    ),
+    "llama, stretched by YaRN, GELU gate": (
+        "llama",
+        LLAMA | {"hidden_act": "gelu"} | rope("yarn", original_max_position_embeddings=16),
+    ),
     "mistral: window of 8": ("mistral", LLAMA | {"sliding_window": 8}),
+    "qwen2: biases of three projections, stretched": ("qwen2", LLAMA | rope("linear")),
+    "qwen2, window of 8, tied": (
+        "qwen2",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "tie_word_embeddings": True},
+    ),
+    "cohere: PaLM's block, one K/V head": ("cohere", LLAMA | {"num_key_value_heads": 1, "logit_scale": 0.25}),
 }
 """Name of a case -> (model_type, what its configuration sets)."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+import transformers
 
 from palmjax import checkpoint, cli
 from palmjax.checkpoint import seal
@@ -105,9 +106,22 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "a missing size": (lambda folder: configured(folder, hidden_size=None), ["config.json"]),
     "an activation that is not there": (lambda folder: configured(folder, hidden_act="tanh"), ["hidden_act", "'tanh'"]),
     "scaled rotary positions": (
-        lambda folder: configured(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
-        ["yarn", "config.json"],
+        lambda folder: configured(folder, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}),
+        ["dynamic", "'yarn'", "config.json"],
     ),
+    "scaled rotary positions without a number": (
+        lambda folder: configured(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
+        ["low_freq_factor", "config.json"],
+    ),
+    "a key that nobody knows": (
+        lambda folder: configured(folder, residual_multiplier=0.22, use_cache=True),
+        ["residual_multiplier = 0.22", "config.json", "--ignore residual_multiplier"],
+    ),
+    "a quantised model": (
+        lambda folder: configured(folder, quantization_config={"bits": 4}),
+        ["quantization_config", "config.json"],
+    ),
+    "heads rotated in part": (lambda folder: configured(folder, partial_rotary_factor=0.5), ["partial_rotary_factor"]),
     "heads that do not divide": (lambda folder: configured(folder, num_key_value_heads=3), ["num_kv_heads"]),
 }
 
@@ -139,6 +153,21 @@ def test_the_command_line_refuses_what_it_cannot_do(copy, tmp_path, capfd):
         error = capfd.readouterr().err
         assert all(word in error for word in words), error
         assert not (tmp_path / "new").exists()
+
+
+def test_an_unknown_key_may_be_passed_over(copy, tmp_path):
+    configured(copy, residual_multiplier=0.22)
+    out, back = str(tmp_path / "out"), str(tmp_path / "back")
+    assert cli.main(["convert", str(copy), out, "--ignore", "residual_multiplier"]) == 0
+    assert cli.main(["convert", out, back]) == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["residual_multiplier"] == 0.22
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.model_type)
+def test_every_key_of_transformers_own_configuration_has_a_known_meaning(family):
+    """A key that a later version adds fails here, before it can change a model unseen."""
+    defaults = transformers.AutoConfig.for_model(family.model_type).to_dict()
+    family.model(defaults, "its defaults")
 
 
 def test_a_checkpoint_of_no_family_is_refused(copy, tmp_path, capfd):

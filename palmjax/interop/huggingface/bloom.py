@@ -51,7 +51,8 @@ BLOOM = Family(
     base="transformer.",
     defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     aliases={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
-    only={"apply_residual_connection_post_layernorm": (False,)},
+    # transformers' slow path leaves out biases.
+    only={"apply_residual_connection_post_layernorm": (False,), "slow_but_exact": (False,)},
     rules=(
         rule("transformer.word_embeddings.weight", "token_embedder/embedding", "v d -> v d"),
         *norm("transformer.word_embeddings_layernorm", "embedding_norm"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from palmjax.config import ConfigError
-from palmjax.interop.huggingface.family import Config, Family, divided, head, rope_keys
+from palmjax.interop.huggingface.family import Config, Family, activation, activation_name, divided, head
 from palmjax.interop.huggingface.gpt import ATTENTION, LAYER, linear, norm
+from palmjax.interop.huggingface.rotary import rope_keys
 from palmjax.interop.mapping import Piece, Rule, rule
 from palmjax.models.attention import Attention
 from palmjax.models.decoder import Decoder, ParallelBlock, SerialBlock
-from palmjax.models.layers import GELU, MLP, LayerNorm, TanhGELU
+from palmjax.models.layers import MLP, LayerNorm
 from palmjax.models.positions import RoPE
 
 
@@ -22,12 +23,11 @@ def _read(c: Config) -> Decoder:
         num_heads=H,
         num_kv_heads=(c["num_kv_heads"] or H) if new else 1 if c["multi_query"] else H,
         head_dim=divided(c, "hidden_size", "num_attention_heads"),
-        positions=RoPE(base=c["rope"]["base"]),
+        positions=RoPE(base=c["rope"]["base"], scaling=c["rope"]["scaling"]),
         qkv_bias=c["bias"],
         out_bias=c["bias"],
     )
-    activation = GELU() if c["activation"] == "gelu" else TanhGELU()
-    mlp = MLP(d_ff=c["ffn_hidden_size"] or 4 * D, activation=activation, bias=c["bias"])
+    mlp = MLP(d_ff=c["ffn_hidden_size"] or 4 * D, activation=activation(c, "activation"), bias=c["bias"])
     two = new and (c["num_ln_in_parallel_attn"] or 2) == 2
     parallel = ParallelBlock(attention=attention, mlp=mlp, norm=layer_norm, mlp_norm=layer_norm if two else None)
     serial = SerialBlock(attention=attention, mlp=mlp, norm=layer_norm)
@@ -61,7 +61,7 @@ def _write(model: Decoder) -> dict[str, Any]:
         "parallel_attn": isinstance(block, ParallelBlock),
         "bias": attention.qkv_bias,
         "alibi": False,
-        "activation": "gelu" if block.mlp.activation == GELU() else "gelu_new",
+        "activation": activation_name(block.mlp.activation),
         **rope_keys(attention.positions),
     }
 
@@ -101,7 +101,7 @@ FALCON = Family(
     },
     aliases={"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads"},
     # Falcon-RW's ALiBi is divided by sqrt(head_dim) with the scores, which no other family's is.
-    only={"alibi": (False,), "activation": ("gelu", "gelu_new", "gelu_pytorch_tanh")},
+    only={"alibi": (False,)},
     rules=(
         rule("transformer.word_embeddings.weight", "token_embedder/embedding", "v d -> v d"),
         *norm("transformer.h.{layer}.input_layernorm", f"{LAYER}/pre_norm"),

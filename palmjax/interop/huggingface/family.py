@@ -7,16 +7,29 @@ family exactly if reading what was written gives it back. `families.py` lists th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from palmjax.config import ConfigError
+from palmjax.interop.huggingface import keys
+from palmjax.interop.huggingface.keys import REFUSED, Read
+from palmjax.interop.huggingface.rotary import rope
 from palmjax.interop.mapping import Rule, Tensor, leaves, plan
 from palmjax.models.attention import Attention
 from palmjax.models.decoder import Decoder
 from palmjax.models.embeddings import HeadPart, TiedHead, UntiedHead
+from palmjax.models.layers import (
+    GEGLU,
+    GELU,
+    ActivationPart,
+    FeedForwardPart,
+    ReLU,
+    SiLU,
+    SquaredReLU,
+    SwiGLU,
+    TanhGELU,
+)
 from palmjax.models.parameters import FanIn
-from palmjax.models.positions import PositionsPart, RoPE
 
 Config = Mapping[str, Any]
 
@@ -55,30 +68,41 @@ class Family:
             rules.append(Rule(name, one.pieces))
         attention = model.attention
         groups = attention.num_heads // attention.num_kv_heads
-        return plan(rules, shapes, {"k": attention.num_kv_heads, "e": groups + 2}, self.architecture)
+        sizes = {"k": attention.num_kv_heads, "e": groups + 2, "r": attention.head_dim // 2}
+        return plan(rules, shapes, sizes, self.architecture)
 
-    def complete(self, config: Config, where: str) -> dict[str, Any]:
+    def complete(self, config: Config, where: str) -> Read:
         """`config` with defaults and usual names. Raises ConfigError for what palmjax does not have."""
-        renamed = {self.aliases.get(key, key): value for key, value in config.items()}
-        whole = dict(self.defaults) | {key: value for key, value in renamed.items() if key in renamed}
-        for key, accepted in self.only.items():
+        whole = Read(dict(self.defaults) | {self.aliases.get(key, key): value for key, value in config.items()})
+        for key, accepted in (REFUSED | dict(self.only)).items():
             if key in whole and whole[key] not in accepted:
                 known = " or ".join(repr(value) for value in accepted)
                 raise ConfigError(
                     f"{where}: {key} = {whole[key]!r} is not supported for {self.model_type}; only {known}"
                 )
-        whole["rope"] = _rope(whole, where)
         return whole
 
-    def model(self, config: Config, where: str) -> Decoder:
-        """The palmjax model of a config.json. Raises ConfigError, naming file and key, if there is none."""
+    def model(self, config: Config, where: str, ignored: Sequence[str] | None = ()) -> Decoder:
+        """The palmjax model of a config.json. Raises ConfigError, naming file and key, if there is none.
+
+        ignored: keys that may stand there though nobody knows their meaning; None for any.
+        """
         whole = self.complete(config, where)
         try:
+            whole["rope"] = rope(whole)
             model = self.read(whole)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
         except KeyError as error:
             raise ConfigError(f"{where}: {error.args[0]} is missing; {self.model_type} needs it") from error
         except (TypeError, ZeroDivisionError) as error:
             raise ConfigError(f"{where}: not the configuration of a {self.model_type} model: {error}") from error
+        known = whole.seen | set(self.defaults) | set(self.only) | set(self.aliases)
+        if ignored is not None and (left := keys.unknown(config, {*known, *ignored})):
+            raise ConfigError(
+                f"{where}: nothing is known of the key {left[0]} = {config[left[0]]!r} in a {self.model_type} model; "
+                f"if it changes nothing in the function it computes: --ignore {' '.join(left)}"
+            )
         bfloat16 = config.get("dtype", config.get("torch_dtype")) in ("bfloat16", "float16")
         return dataclasses.replace(model, dtype="bfloat16" if bfloat16 else "float32")
 
@@ -122,28 +146,6 @@ def parameter_shapes(model: Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
 # --- what the families' configurations have in common --------------------------------------------------------------
 
 
-def _rope(config: Config, where: str) -> dict[str, Any]:
-    """`base` and `share` (rotated part of a head, None where the family says it otherwise) of any version's keys."""
-    given = dict(config.get("rope_parameters") or {})
-    scaling = config.get("rope_scaling") or {}
-    kind = given.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
-    if kind != "default":
-        raise ConfigError(f"{where}: rotary positions of type {kind!r} are not supported; only 'default'")
-    base = given.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10_000.0)))
-    share = given.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct")))
-    return {"base": float(base), "share": share}
-
-
-def rope_keys(positions: PositionsPart) -> dict[str, Any]:
-    """The keys of rotary positions, for old versions of transformers and new ones. Raises TypeError for other ones."""
-    if not isinstance(positions, RoPE):
-        raise TypeError(f"{positions} are not rotary positions")
-    return {
-        "rope_theta": positions.base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": positions.base},
-    }
-
-
 def head(config: Config, bias: bool = False) -> HeadPart:
     """Tied without a scale, or untied."""
     return TiedHead(logit_scale=1.0) if config["tie_word_embeddings"] else UntiedHead(bias=bias)
@@ -154,3 +156,37 @@ def divided(config: Config, whole: str, parts: str) -> int:
     if config[whole] % config[parts]:
         raise ConfigError(f"{whole} = {config[whole]} is not a multiple of {parts} = {config[parts]}")
     return config[whole] // config[parts]
+
+
+ACTIVATIONS: Mapping[str, ActivationPart] = {
+    "gelu": GELU(),
+    "gelu_python": GELU(),
+    "gelu_new": TanhGELU(),
+    "gelu_pytorch_tanh": TanhGELU(),
+    "gelu_fast": TanhGELU(),
+    "relu": ReLU(),
+    "relu2": SquaredReLU(),
+    "silu": SiLU(),
+    "swish": SiLU(),
+}
+"""Activations by transformers' names, of those with several the usual one first."""
+
+
+def activation(config: Config, key: str) -> ActivationPart:
+    """The activation that `config[key]` names. Raises ConfigError if palmjax does not have it."""
+    if config[key] not in ACTIVATIONS:
+        raise ConfigError(f"{key} = {config[key]!r} is not supported; only {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS[config[key]]
+
+
+def activation_name(part: ActivationPart, tanh: str = "gelu_new") -> str:
+    """transformers' name of an activation. tanh: the family's usual one of the tanh GELUs, which differ in rounding."""
+    return tanh if part == TanhGELU() else next(name for name, one in ACTIVATIONS.items() if one == part)
+
+
+def gated(config: Config, key: str, bias: bool) -> FeedForwardPart:
+    """A gated feed-forward layer of `intermediate_size`, whose gate has the activation `config[key]`."""
+    gate, width = activation(config, key), config["intermediate_size"]
+    if isinstance(gate, GELU | TanhGELU):
+        return GEGLU(d_ff=width, activation=gate, bias=bias)
+    return SwiGLU(d_ff=width, activation=gate, bias=bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,17 @@ class Folder:
     tensors: Mapping[str, safetensors_files.Tensor]
 
 
-def read(path: Path) -> Folder:
-    """Reads config.json and the headers of the tensors. Raises ConfigError for anything that does not agree."""
+def read(path: Path, ignored: Sequence[str] = ()) -> Folder:
+    """Reads config.json and the headers of the tensors. Raises ConfigError for anything that does not agree.
+
+    ignored: keys of config.json that may stand there though nobody knows their meaning.
+    """
     config = _json(path / "config.json")
     where = str(path / "config.json")
     if "model_type" not in config:
         raise ConfigError(f"{where} has no model_type: it is not the configuration of a transformers model")
     family = families.named(str(config["model_type"]), where)
-    model = family.model(config, where)
+    model = family.model(config, where, ignored)
     planned = family.plan(model)
     tensors = _with_base(safetensors_files.read_folder(path), family.base)
     ignored = family.ignored + (HEADS if model.head.tied else ())

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from palmjax.interop.huggingface.family import Config, Family, divided, head, rope_keys
+from palmjax.interop.huggingface.family import Config, Family, activation, activation_name, divided, head
+from palmjax.interop.huggingface.rotary import rope_keys
 from palmjax.interop.mapping import Piece, Rule, rule
 from palmjax.models.attention import Attention
 from palmjax.models.decoder import Decoder, ParallelBlock, SerialBlock
 from palmjax.models.embeddings import Embedding, LearnedPositions
-from palmjax.models.layers import GELU, MLP, LayerNorm, TanhGELU
+from palmjax.models.layers import MLP, LayerNorm
 from palmjax.models.positions import InterleavedRoPE, NoPositions, RoPE
 
 LAYER = "decoder/layers"
 ATTENTION = f"{LAYER}/self_attention"
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 def norm(tensor: str, parameter: str) -> tuple[Rule, Rule]:
@@ -57,8 +57,9 @@ def _read_gpt2(c: Config) -> Decoder:
         positions=NoPositions(),
         qkv_bias=True,
         out_bias=True,
+        scale=None if c["scale_attn_weights"] else 1.0,
     )
-    mlp = MLP(d_ff=c["n_inner"] or 4 * D, activation=TanhGELU(), bias=True)
+    mlp = MLP(d_ff=c["n_inner"] or 4 * D, activation=activation(c, "activation_function"), bias=True)
     return Decoder(
         vocab_size=c["vocab_size"],
         num_layers=c["n_layer"],
@@ -78,8 +79,9 @@ def _write_gpt2(model: Decoder) -> dict[str, Any]:
         "n_head": block.attention.num_heads,
         "n_inner": block.mlp.d_ff,
         "n_positions": model.max_length,
+        "scale_attn_weights": block.attention.scale is None,
         "layer_norm_epsilon": block.norm.epsilon,
-        "activation_function": "gelu_new",
+        "activation_function": activation_name(block.mlp.activation),
     }
 
 
@@ -91,6 +93,7 @@ GPT2 = Family(
         "n_inner": None,
         "layer_norm_epsilon": 1e-5,
         "activation_function": "gelu_new",
+        "scale_attn_weights": True,
         "tie_word_embeddings": True,
     },
     aliases={
@@ -100,8 +103,6 @@ GPT2 = Family(
         "max_position_embeddings": "n_positions",
     },
     only={
-        "activation_function": TANH_GELU,
-        "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
@@ -142,7 +143,7 @@ def _read_gptj(c: Config) -> Decoder:
         head_dim=head_dim,
         positions=InterleavedRoPE(dims=None if dims in (None, head_dim) else dims),
     )
-    mlp = MLP(d_ff=c["n_inner"] or 4 * D, activation=TanhGELU(), bias=True)
+    mlp = MLP(d_ff=c["n_inner"] or 4 * D, activation=activation(c, "activation_function"), bias=True)
     return Decoder(
         vocab_size=c["vocab_size"],
         num_layers=c["n_layer"],
@@ -163,7 +164,7 @@ def _write_gptj(model: Decoder) -> dict[str, Any]:
         "n_inner": block.mlp.d_ff,
         "rotary_dim": positions.dims or block.attention.head_dim,
         "layer_norm_epsilon": block.norm.epsilon,
-        "activation_function": "gelu_new",
+        "activation_function": activation_name(block.mlp.activation),
     }
 
 
@@ -179,7 +180,7 @@ GPTJ = Family(
         "tie_word_embeddings": False,
     },
     aliases=GPT2.aliases,
-    only={"activation_function": TANH_GELU, "tie_word_embeddings": (False,)},
+    only={"tie_word_embeddings": (False,), "rotary": (True,)},
     rules=(
         rule("transformer.wte.weight", "token_embedder/embedding", "v d -> v d"),
         *norm("transformer.h.{layer}.ln_1", f"{LAYER}/pre_norm"),
@@ -210,12 +211,11 @@ def _read_gpt_neox(c: Config) -> Decoder:
         num_heads=c["num_attention_heads"],
         num_kv_heads=c["num_attention_heads"],
         head_dim=head_dim,
-        positions=RoPE(base=c["rope"]["base"], dims=None if dims == head_dim else dims),
+        positions=RoPE(base=c["rope"]["base"], dims=None if dims == head_dim else dims, scaling=c["rope"]["scaling"]),
         qkv_bias=c["attention_bias"],
         out_bias=c["attention_bias"],
     )
-    activation = GELU() if c["hidden_act"] == "gelu" else TanhGELU()
-    mlp = MLP(d_ff=c["intermediate_size"], activation=activation, bias=True)
+    mlp = MLP(d_ff=c["intermediate_size"], activation=activation(c, "hidden_act"), bias=True)
     parallel = ParallelBlock(attention=attention, mlp=mlp, norm=layer_norm, mlp_norm=layer_norm)
     serial = SerialBlock(attention=attention, mlp=mlp, norm=layer_norm)
     return Decoder(
@@ -239,9 +239,10 @@ def _write_gpt_neox(model: Decoder) -> dict[str, Any]:
         "num_attention_heads": attention.num_heads,
         "intermediate_size": block.mlp.d_ff,
         "layer_norm_eps": block.norm.epsilon,
-        "hidden_act": "gelu" if block.mlp.activation == GELU() else "gelu_new",
+        "hidden_act": activation_name(block.mlp.activation),
         "attention_bias": attention.qkv_bias,
         "use_parallel_residual": isinstance(block, ParallelBlock),
+        **keys,
         "rotary_emb_base": keys["rope_theta"],
         "rotary_pct": share,
         "rope_parameters": keys["rope_parameters"] | {"partial_rotary_factor": share},
@@ -259,7 +260,7 @@ GPT_NEOX = Family(
         "use_parallel_residual": True,
         "tie_word_embeddings": False,
     },
-    only={"hidden_act": ("gelu", *TANH_GELU)},
+    only={},
     rules=(
         rule("gpt_neox.embed_in.weight", "token_embedder/embedding", "v d -> v d"),
         *norm("gpt_neox.layers.{layer}.input_layernorm", f"{LAYER}/pre_norm"),

@@ -1,40 +1,46 @@
-"""LLaMA and Mistral: serial, RMSNorm, rotary positions, SwiGLU, grouped queries. Many later models share the layout."""
+"""LLaMA, Mistral and Qwen2: serial, RMSNorm, rotary positions, SwiGLU, grouped queries. Many share the layout."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from palmjax.interop.huggingface.family import Config, Family, divided, head, rope_keys
+from palmjax.config import ConfigError
+from palmjax.interop.huggingface.family import Config, Family, activation_name, divided, gated, head
 from palmjax.interop.huggingface.gpt import ATTENTION, LAYER, linear
+from palmjax.interop.huggingface.rotary import rope_keys
 from palmjax.interop.mapping import rule
 from palmjax.models.attention import Attention
 from palmjax.models.decoder import Decoder, SerialBlock
-from palmjax.models.layers import RMSNorm, SwiGLU
+from palmjax.models.layers import RMSNorm
 from palmjax.models.positions import RoPE
 
 
-def _read(c: Config) -> Decoder:
+def _model(c: Config, *, window: int | None, qkv_bias: bool, out_bias: bool) -> Decoder:
     rms_norm = RMSNorm(epsilon=c["rms_norm_eps"])
     attention = Attention(
         num_heads=c["num_attention_heads"],
         num_kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
         head_dim=c["head_dim"] or divided(c, "hidden_size", "num_attention_heads"),
-        positions=RoPE(base=c["rope"]["base"]),
-        window=c["sliding_window"],
-        qkv_bias=c["attention_bias"],
-        out_bias=c["attention_bias"],
+        positions=RoPE(base=c["rope"]["base"], scaling=c["rope"]["scaling"]),
+        window=window,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
     )
+    if c["rope"]["share"] not in (None, 1.0):
+        raise ConfigError(f"partial_rotary_factor = {c['rope']['share']} is not supported; heads are rotated whole")
     return Decoder(
         vocab_size=c["vocab_size"],
         num_layers=c["num_hidden_layers"],
         d_model=c["hidden_size"],
-        block=SerialBlock(
-            attention=attention, mlp=SwiGLU(d_ff=c["intermediate_size"], bias=c["mlp_bias"]), norm=rms_norm
-        ),
+        block=SerialBlock(attention=attention, mlp=gated(c, "hidden_act", bias=c["mlp_bias"]), norm=rms_norm),
         final_norm=rms_norm,
         head=head(c),
     )
+
+
+def _read(c: Config) -> Decoder:
+    return _model(c, window=c["sliding_window"], qkv_bias=c["attention_bias"], out_bias=c["attention_bias"])
 
 
 def _write(model: Decoder) -> dict[str, Any]:
@@ -48,7 +54,7 @@ def _write(model: Decoder) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "intermediate_size": block.mlp.d_ff,
         "rms_norm_eps": block.norm.epsilon,
-        "hidden_act": "silu",
+        "hidden_act": activation_name(block.mlp.activation, "gelu_pytorch_tanh"),
         "attention_bias": attention.qkv_bias,
         "mlp_bias": block.mlp.bias,
         "sliding_window": attention.window,
@@ -85,7 +91,7 @@ LLAMA = Family(
         "tie_word_embeddings": False,
     },
     # pretraining_tp only changes in which order transformers multiplies.
-    only={"hidden_act": ("silu", "swish"), "sliding_window": (None,)},
+    only={"sliding_window": (None,)},
     rules=(
         rule("model.embed_tokens.weight", "token_embedder/embedding", "v d -> v d"),
         rule("model.layers.{layer}.input_layernorm.weight", f"{LAYER}/pre_norm/scale", "d -> d"),
@@ -121,6 +127,47 @@ MISTRAL = dataclasses.replace(
     architecture="MistralForCausalLM",
     # transformers' class has a window of 4096 where a config.json says nothing.
     defaults=dict(LLAMA.defaults) | {"sliding_window": 4096, "num_key_value_heads": 8},
-    only={"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)},
+    only={"attention_bias": (False,), "mlp_bias": (False,)},
     write=_write_mistral,
+)
+
+
+# --- Qwen2: biases of queries, keys and values; a window for the layers from max_window_layers on ------------------
+
+
+def _read_qwen2(c: Config) -> Decoder:
+    window, first = c["sliding_window"], c["max_window_layers"]
+    layers, kinds = c["num_hidden_layers"], set(c["layer_types"] or ())
+    if not kinds and c["use_sliding_window"] and window is not None and first < layers:
+        kinds = {"sliding_attention"} | ({"full_attention"} if first > 0 else set())
+    if len(kinds) > 1:
+        raise ConfigError(f"layers of different windows are not supported: max_window_layers = {first} of {layers}")
+    sliding = kinds == {"sliding_attention"}
+    return _model(c, window=window if sliding else None, qkv_bias=True, out_bias=False)
+
+
+def _write_qwen2(model: Decoder) -> dict[str, Any]:
+    written = _write(model)
+    written.pop("attention_bias"), written.pop("mlp_bias")
+    window = written.pop("sliding_window")
+    if window is None:
+        return written
+    kinds = ["sliding_attention"] * model.num_layers
+    return written | {
+        "use_sliding_window": True,
+        "sliding_window": window,
+        "max_window_layers": 0,
+        "layer_types": kinds,
+    }
+
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    defaults=dict(LLAMA.defaults)
+    | {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28, "layer_types": None},
+    only={"attention_bias": (False,), "mlp_bias": (False,)},
+    read=_read_qwen2,
+    write=_write_qwen2,
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from palmjax.interop.huggingface.family import Config, Family, divided, head
+from palmjax.interop.huggingface.family import Config, Family, activation, activation_name, divided, head
 from palmjax.interop.huggingface.gpt import ATTENTION, LAYER, linear, norm
 from palmjax.interop.mapping import rule
 from palmjax.models.attention import Attention
 from palmjax.models.decoder import Decoder, PostNormBlock, SerialBlock
 from palmjax.models.embeddings import Embedding, LearnedPositions
-from palmjax.models.layers import GELU, MLP, LayerNorm, ReLU
+from palmjax.models.layers import MLP, LayerNorm
 from palmjax.models.positions import NoPositions
 
 OFFSET = 2
@@ -28,8 +28,7 @@ def _read(c: Config) -> Decoder:
         qkv_bias=c["enable_bias"],
         out_bias=c["enable_bias"],
     )
-    activation = ReLU() if c["activation_function"] == "relu" else GELU()
-    mlp = MLP(d_ff=c["ffn_dim"], activation=activation, bias=c["enable_bias"])
+    mlp = MLP(d_ff=c["ffn_dim"], activation=activation(c, "activation_function"), bias=c["enable_bias"])
     before = c["do_layer_norm_before"]
     block = SerialBlock if before else PostNormBlock
     width = c["word_embed_proj_dim"] or c["hidden_size"]
@@ -60,7 +59,7 @@ def _write(model: Decoder) -> dict[str, Any]:
         "do_layer_norm_before": before,
         "_remove_final_layer_norm": before and model.final_norm is None,
         "enable_bias": attention.qkv_bias,
-        "activation_function": "relu" if mlp.activation == ReLU() else "gelu",
+        "activation_function": activation_name(mlp.activation),
     }
 
 
@@ -76,7 +75,7 @@ OPT = Family(
         "activation_function": "relu",
         "tie_word_embeddings": True,
     },
-    only={"activation_function": ("relu", "gelu"), "layer_norm_elementwise_affine": (True,)},
+    only={"layer_norm_elementwise_affine": (True,)},
     rules=(
         rule("model.decoder.embed_tokens.weight", "token_embedder/embedding", "v w -> v w"),
         rule("model.decoder.project_in.weight", "token_embedder/project_in/kernel", "d w -> w d"),

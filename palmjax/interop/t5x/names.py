@@ -10,13 +10,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from palmjax.config import ConfigError
-from palmjax.interop.mapping import Path, Rule, rule
+from palmjax.interop.mapping import Path as TreePath
+from palmjax.interop.mapping import Rule, rule
+from palmjax.interop.t5x import configuration
 from palmjax.models.attention import Attention
 from palmjax.models.decoder import Decoder, ParallelBlock, SerialBlock
 from palmjax.models.embeddings import TiedHead, UntiedHead
-from palmjax.models.layers import GEGLU, MLP, FeedForwardPart, LayerNorm, NormPart, ReLU, RMSNorm, SwiGLU
+from palmjax.models.layers import (
+    GEGLU,
+    MLP,
+    ActivationPart,
+    FeedForwardPart,
+    LayerNorm,
+    NormPart,
+    ReLU,
+    RMSNorm,
+    SiLU,
+    SwiGLU,
+    TanhGELU,
+)
 from palmjax.models.positions import PositionsPart, RelativeBuckets, RoPE, SharedRelativeBuckets
 
 STACKS = ("layers", "decoder")
@@ -24,7 +39,7 @@ STACKS = ("layers", "decoder")
 PRE_NORMS = ("pre_norm", "pre_self_attention_layer_norm", "pre_attention_layer_norm", "layer_norm")
 MLP_NORMS = ("mlp_norm", "pre_mlp_layer_norm")
 
-JOINED: dict[Path, tuple[str, str]] = {
+JOINED: dict[TreePath, tuple[str, str]] = {
     **{("self_attention", name, "kernel"): ("d (h n)", "d h n") for name in ("query", "key", "value")},
     **{("self_attention", name, "bias"): ("(h n)", "h n") for name in ("query", "key", "value")},
     ("self_attention", "out", "kernel"): ("(h n) d", "h n d"),
@@ -47,11 +62,11 @@ class Form:
     scan_axis: int = 0
     flat: bool = False
 
-    def rules(self, shapes: Mapping[Path, tuple[int, ...]]) -> list[Rule]:
+    def rules(self, shapes: Mapping[TreePath, tuple[int, ...]]) -> list[Rule]:
         """The name map between this form and palmjax's parameters, which have `shapes`."""
         return [self._rule(path, len(shape)) for path, shape in shapes.items()]
 
-    def _rule(self, path: Path, dimensions: int) -> Rule:
+    def _rule(self, path: TreePath, dimensions: int) -> Rule:
         parameter, in_layer = "/".join(path), path[:2] == ("decoder", "layers")
         axes = to = " ".join("abcdef"[: dimensions - in_layer])
         if self.flat:
@@ -83,7 +98,7 @@ T5X = Form(
 class Tree:
     """The shapes of a T5X tree, and what follows from them."""
 
-    def __init__(self, shapes: Mapping[Path, tuple[int, ...]], where: str):
+    def __init__(self, shapes: Mapping[TreePath, tuple[int, ...]], where: str):
         self._shapes, self._where = {"/".join(path): shape for path, shape in shapes.items()}, where
         self.form = self._form()
 
@@ -115,10 +130,11 @@ class Tree:
         places = " or ".join(path.format(name) for name in names)
         raise ConfigError(f"{self._where} has no {what}: no {places}; give the model: palmjax convert ... MODEL.gin")
 
-    def model(self) -> Decoder:
+    def model(self, activation: ActivationPart | None = None) -> Decoder:
         """The model that the tree's shapes and names tell of: T5's where norms have T5X's names, else PaLM's.
 
-        Raises ConfigError if heads can't be told apart, with the way to say it.
+        activation: of the feed-forward layers, None for what the run's config.gin says. Raises ConfigError if heads
+        can't be told apart, with the way to say it.
         """
         form, t5 = self.form, self.form.pre_norm != "pre_norm"
         rows, width = self._shapes[f"{form.embedder}/embedding"]
@@ -131,12 +147,12 @@ class Tree:
             positions=self._positions(),
             scale=1.0 if t5 else None,  # T5 folds 1/sqrt(head_dim) into the initializer
         )
-        serial = self._has("mlp_norm/scale")
+        block = SerialBlock if self._has("mlp_norm/scale") else ParallelBlock
         return Decoder(
             vocab_size=rows,
             num_layers=self._layers(),
             d_model=width,
-            block=(SerialBlock if serial else ParallelBlock)(attention=attention, mlp=self._mlp(t5), norm=norm),
+            block=block(attention=attention, mlp=self._mlp(t5, activation), norm=norm),
             final_norm=norm,
             head=UntiedHead() if "decoder/logits_dense/kernel" in self._shapes else TiedHead(),
             dtype="float32",
@@ -193,8 +209,13 @@ class Tree:
             return RelativeBuckets(num_buckets=table[1])
         return RoPE()
 
-    def _mlp(self, t5: bool) -> FeedForwardPart:
-        if self._has("mlp/wi/kernel"):
-            return MLP(d_ff=self._size("mlp/wi/kernel")[1], activation=ReLU())
+    def _mlp(self, t5: bool, chosen: ActivationPart | None) -> FeedForwardPart:
+        is_gated = not self._has("mlp/wi/kernel")
+        usual = (TanhGELU() if t5 else SiLU()) if is_gated else ReLU()
+        if chosen is None:
+            # A tree with palmjax's names is of a run whose config.gin, if any, has palmjax's bindings.
+            chosen = configuration.activation(Path(self._where), is_gated=is_gated, usual=usual) if t5 else usual
+        if not is_gated:
+            return MLP(d_ff=self._size("mlp/wi/kernel")[1], activation=chosen)
         width = self._size("mlp/wi_0/kernel")[1]
-        return GEGLU(d_ff=width) if t5 else SwiGLU(d_ff=width)
+        return GEGLU(d_ff=width) if chosen == TanhGELU() else SwiGLU(d_ff=width, activation=chosen)

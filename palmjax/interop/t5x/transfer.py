@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 from palmjax.checkpoint.arrays import Reader
 from palmjax.config import ConfigError
 from palmjax.interop import layout, mapping
-from palmjax.interop.huggingface.family import parameter_shapes
+from palmjax.interop.huggingface.family import architecture, parameter_shapes
 from palmjax.interop.mapping import Tensor
 from palmjax.interop.staging import Staging
 from palmjax.interop.t5x import names, reading
 from palmjax.interop.t5x.writing import Writer
 from palmjax.interop.transfer import Count
 from palmjax.models.decoder import Decoder
+from palmjax.models.layers import DenseFeedForward
 
 MOMENTS = ("m", "v")
 """What palmjax's Adafactor keeps of each parameter, under T5X's names; unfactored, as PaLM trained."""
@@ -27,6 +29,18 @@ def plan(model: Decoder, form: names.Form, where: str) -> dict[str, Tensor]:
     """T5X's arrays of a model by name, "decoder/layers_0/mlp/wo/kernel"."""
     shapes = parameter_shapes(model)
     return mapping.plan(form.rules(shapes), shapes, {}, where)
+
+
+def form_of(model: Decoder) -> names.Form:
+    """The names under which a model goes to T5X: its own network's where that has this model, else palmjax's."""
+    with contextlib.suppress(ConfigError):  # another network's
+        shapes = {tuple(name.split("/")): tensor.shape for name, tensor in plan(model, names.T5X, "T5X").items()}
+        mlp = model.block.layers[0].mlp
+        if isinstance(mlp, DenseFeedForward):
+            theirs = names.Tree(shapes, "T5X").model(mlp.activation)
+            if architecture(theirs) == architecture(model):
+                return names.T5X
+    return names.PALMJAX
 
 
 def check(checkpoint: reading.Checkpoint, planned: Mapping[str, Tensor]) -> None:
