@@ -24,7 +24,6 @@ from palmjax.data.vocabulary import Bytes
 from palmjax.interop import convert
 from palmjax.interop.mapping import leaves
 from palmjax.interop.t5x import reading
-from palmjax.models.layers import GEGLU, ReLU, SwiGLU
 from palmjax.optim import Adafactor
 from palmjax.provenance import DataPosition, RunInfo
 from palmjax.state import init_state
@@ -404,38 +403,6 @@ def test_a_run_goes_out_with_adafactors_moments(tmp_path):
     found, states, _ = read_by_hand(Path(half))
     assert {array.dtype.name for array in found.values()} == {"bfloat16"}, "the parameters only"
     assert {array.dtype.name for array in states.values()} == {"float32"}
-
-
-@pytest.mark.parametrize(
-    ("bindings", "wanted"),
-    [
-        ("network.TransformerConfig.mlp_activations = ('gelu', 'linear')\n", GEGLU(d_ff=HIDDEN)),
-        ("network.TransformerConfig.mlp_activations = \\\n    ['swish', 'linear']\n", SwiGLU(d_ff=HIDDEN)),
-        ("network.TransformerConfig.mlp_activations = ('relu', 'linear')\n", SwiGLU(d_ff=HIDDEN, activation=ReLU())),
-        ("network.TransformerConfig.mlp_activations = ('gelu',)\n", "('gelu',)"),
-        ("network.TransformerConfig.mlp_activations = ('tanh', 'linear')\n", "tanh"),
-    ],
-)
-def test_the_runs_config_tells_the_activations_that_a_tree_does_not(tmp_path, capfd, bindings, wanted):
-    tree = decoder_only()
-    write_legacy(tmp_path / "run", tree, {})
-    (tmp_path / "run" / "config.gin").write_text(f"# Parameters for network.TransformerConfig:\n{bindings}")
-    code = cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "ours")])
-    said = capfd.readouterr().err
-    if isinstance(wanted, str):
-        assert code == 2 and wanted in said and "MODEL.gin" in said and not (tmp_path / "ours").exists()
-        return
-    assert code == 0 and "does not tell" not in said
-    assert models.restored(tmp_path / "ours")[0].config.block.mlp == wanted
-    convert.to_t5x(str(tmp_path / "ours"), tmp_path / "back")
-    found, _, _ = read_by_hand(tmp_path / "back" / "checkpoint_60")
-    assert found.keys() == tree.keys()
-
-
-def test_what_is_taken_for_granted_is_said(tmp_path, capfd):
-    write_legacy(tmp_path / "run", decoder_only(), {})
-    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "ours")]) == 0
-    assert "TanhGELU gates as is usual" in capfd.readouterr().err
 
 
 def test_a_checkpoint_of_t5x_is_not_written_twice(tmp_path, capfd):

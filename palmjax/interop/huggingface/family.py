@@ -74,7 +74,7 @@ class Family:
     def complete(self, config: Config, where: str) -> Read:
         """`config` with defaults and usual names. Raises ConfigError for what palmjax does not have."""
         whole = Read(dict(self.defaults) | {self.aliases.get(key, key): value for key, value in config.items()})
-        for key, accepted in (REFUSED | dict(self.only)).items():
+        for key, accepted in {**REFUSED, **self.only}.items():
             if key in whole and whole[key] not in accepted:
                 known = " or ".join(repr(value) for value in accepted)
                 raise ConfigError(

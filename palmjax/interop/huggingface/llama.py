@@ -148,7 +148,8 @@ def _read_qwen2(c: Config) -> Decoder:
 
 def _write_qwen2(model: Decoder) -> dict[str, Any]:
     written = _write(model)
-    written.pop("attention_bias"), written.pop("mlp_bias")
+    for key in ("attention_bias", "mlp_bias"):  # transformers' class has no such keys
+        del written[key]
     window = written.pop("sliding_window")
     if window is None:
         return written

@@ -48,7 +48,6 @@ def rope(config: Any) -> dict[str, Any]:
 def _scaling(kind: str, given: Mapping[str, Any], config: Any) -> ScalingPart | None:
     if kind == "default":
         return None
-    factor = given.get("factor")
     if kind == "linear":
         return LinearScaling(factor=_number(given, "factor"))
     original = (
@@ -63,15 +62,16 @@ def _scaling(kind: str, given: Mapping[str, Any], config: Any) -> ScalingPart | 
             low=_number(given, "low_freq_factor"),
             high=_number(given, "high_freq_factor"),
         )
-    factor = config["max_position_embeddings"] / original if factor is None else float(factor)
-    plain = YaRNScaling(
+    stated = given.get("factor")
+    factor = config["max_position_embeddings"] / original if stated is None else float(stated)
+    return YaRNScaling(
         factor=factor,
         original_length=original,
         fast=float(given.get("beta_fast") or 32),
         slow=float(given.get("beta_slow") or 1),
+        attention=_yarn_attention(given, factor),
         truncate=given.get("truncate", True),
     )
-    return YaRNScaling(**vars(plain) | {"attention": _yarn_attention(given, factor)})
 
 
 def _yarn_attention(given: Mapping[str, Any], factor: float) -> float | None:
