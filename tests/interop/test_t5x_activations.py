@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from palmjax import cli
@@ -31,7 +33,8 @@ def test_the_runs_config_tells_the_activations_that_a_tree_does_not(tmp_path, ca
         assert code == 2 and wanted in said and "MODEL.gin" in said and not (tmp_path / "ours").exists()
         return
     assert code == 0 and "does not tell" not in said
-    assert models.restored(tmp_path / "ours")[0].config.block.mlp == wanted
+    block: Any = models.restored(tmp_path / "ours")[0].config.block
+    assert block.mlp == wanted
     convert.to_t5x(str(tmp_path / "ours"), tmp_path / "back")
     found, _, _ = read_by_hand(tmp_path / "back" / "checkpoint_60")
     assert found.keys() == tree.keys()
