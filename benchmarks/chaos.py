@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -141,15 +143,38 @@ def environment() -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+class Log:
+    """A run's metrics.jsonl as it grows: each line is parsed once, so that looking often takes nothing from the run."""
 
+    def __init__(self, run: Path):
+        self._path = run / "metrics.jsonl"
+        self._file: Any = None
+        self._forget()
 
-def last_step(run: Path) -> int:
-    return max((row["step"] for row in records(run) if row["kind"] == "train"), default=0)
+    def _forget(self) -> None:
+        self._rest = b""
+        self.last_step = 0
+        self.starts: list[dict[str, Any]] = []
+        self.seconds: collections.deque[float] = collections.deque(maxlen=6)
+
+    def look(self) -> Log:
+        """Reads what is new."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._file is None or self._path.stat().st_ino != os.fstat(self._file.fileno()).st_ino:
+                self._forget()  # a start has cut off what was lost
+                self._file = self._path.open("rb")
+            *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
+            for row in map(json.loads, lines):
+                if row["kind"] == "train":
+                    self.last_step = max(self.last_step, row["step"])
+                    self.seconds.append(row["seconds"])
+                elif row.get("event") == "start":
+                    self.starts.append(row)
+        return self
+
+    def started(self, since: float) -> list[int]:
+        """Steps at which attempts began since a time."""
+        return [row["step"] for row in self.starts if row["time"] >= since]
 
 
 @dataclasses.dataclass
@@ -168,9 +193,9 @@ def disturb(job: Job, run: Path, kills: int, seed: int) -> Outcome:
     """Runs `job` to its end with `kills` SIGKILLs on the way.
 
     One kill in eight falls into the start-up. The others wait for one of the next steps, and then for a random part of
-    the time that the last steps and their saves took.
+    the time that eight steps and their saves take.
     """
-    rng, out, began = random.Random(seed), Outcome(collections.Counter()), time.monotonic()
+    rng, out, began, log = random.Random(seed), Outcome(collections.Counter()), time.monotonic(), Log(run)
     for number in range(kills):
         before = model_dir.newest(run) or 0
         at = time.time()
@@ -180,15 +205,16 @@ def disturb(job: Job, run: Path, kills: int, seed: int) -> Outcome:
             time.sleep(rng.random() * 8)
         else:
             process = job.fork(run)
-            target = max(last_step(run), before) + 1 + rng.randrange(5)
-            _wait_for_step(job, run, at, min(target, job.steps - 1), process)
-            time.sleep(rng.random() * sum(row["seconds"] for row in records(run)[-6:] if row["kind"] == "train"))
+            target = max(log.look().last_step, before) + 1 + rng.randrange(5)
+            _wait_for_step(log, run, at, min(target, job.steps - 1), process)
+            # A first step's seconds have the compilation in them.
+            time.sleep(rng.random() * 8 * statistics.median(log.seconds))
         process.kill()
         process.wait()
         newest = model_dir.newest(run) or 0
-        out.lost += any(step != before for step in _starts(run, at))
-        out.repeated += max(0, last_step(run) - newest)
-        out.kills[_where(run, before)] += 1
+        out.lost += any(step != before for step in log.look().started(at))
+        out.repeated += max(0, log.last_step - newest)
+        out.kills[_where(run, log.last_step > before)] += 1
         if newest >= job.steps:
             raise SystemExit(f"the run ended after {number + 1} kills: give it more --steps")
     process = job.start(run)
@@ -198,25 +224,20 @@ def disturb(job: Job, run: Path, kills: int, seed: int) -> Outcome:
     return out
 
 
-def _starts(run: Path, since: float) -> list[int]:
-    """Steps at which attempts began since a time."""
-    return [row["step"] for row in records(run) if row.get("event") == "start" and row["time"] >= since]
-
-
-def _wait_for_step(job: Job, run: Path, since: float, step: int, process: Any) -> None:
+def _wait_for_step(log: Log, run: Path, since: float, step: int, process: Any) -> None:
     """Until the attempt that was started at `since` has written the metrics of `step`."""
     deadline = time.monotonic() + 300
-    while not (_starts(run, since) and last_step(run) >= step):
+    while not (log.look().started(since) and log.last_step >= step):
         if process.poll() is not None:
             if process.returncode == 0:
                 return
             raise SystemExit(f"an attempt ended by itself with {process.returncode}; see {run}.log")
         if time.monotonic() > deadline:
-            raise SystemExit(f"step {step} of {job.steps} did not come in 300 s; see {run}.log")
+            raise SystemExit(f"step {step} did not come in 300 s; see {run}.log")
         time.sleep(0.01)
 
 
-def _where(run: Path, before: int) -> str:
+def _where(run: Path, has_stepped: bool) -> str:
     """Where the kill fell, from what it left behind."""
     names = [path.name for path in run.glob("checkpoint_*.*")] if run.exists() else []
     for suffix, where in ((".deleting", "deleting an old one"), (".orbax-checkpoint-tmp", "writing a checkpoint")):
@@ -224,7 +245,7 @@ def _where(run: Path, before: int) -> str:
             return where
     if any(name.endswith(".written") for name in names):
         return "summing up a checkpoint"
-    return "steps" if last_step(run) > before else "start-up"
+    return "steps" if has_stepped else "start-up"
 
 
 def compare(a: Path, b: Path, steps: int) -> tuple[int, int]:

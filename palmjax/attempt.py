@@ -159,6 +159,11 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
     start = checkpoint.start(run.folder, initial, prog.abstract_state, prog.initial_state, run.dataset.vocabulary)
     first, info = int(start.state.step), start.info if start.resumed else None
     memory = info.guard if info is not None else {}
+    if (known := memory.get("rewinds", 0)) > len(job.rewinds):
+        raise ConfigError(
+            f"{start.origin} was saved behind {known} rewinds, of which {guard.RECORD} knows {len(job.rewinds)}: what "
+            "holds a loss spike can't be told from the rest\nput that file back beside the checkpoint"
+        )
     overrides.check(first, memory.get("overrides", {}))
     skips = run.skips(start, first, job.rewinds, overrides)
     job.clock.mark("state")

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from palmjax import __version__, libtpu
-from palmjax.config import EXIT_STORAGE, ConfigError, describe_os_error
+from palmjax.config import ConfigError
+from palmjax.files import describe_os_error, exit_code_of
 
 VERBS = {
     "train": ("palmjax.train", "train a model from gin files; run again to resume"),
@@ -45,7 +46,7 @@ HELP = "\n".join(
 def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Runs a verb's main: a ConfigError is one or two lines on stderr and its exit code (2), Ctrl-C is 130.
 
-    An OSError that nobody expected is one line and `EXIT_STORAGE`. Any other exception is ours and keeps its traceback.
+    An OSError that nobody expected is one line. Any other exception is ours and keeps its traceback.
     Modules in the working directory can be imported by gin's `import` lines; it comes last on the path, so nothing
     there shadows an installed package.
     """
@@ -59,7 +60,7 @@ def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | 
         return error.exit_code
     except OSError as error:
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
-        return EXIT_STORAGE
+        return exit_code_of(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -32,16 +32,6 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
-EXIT_STORAGE = 74
-"""Exit code where a file or a storage could not be read or written (EX_IOERR): run the same command again."""
-
-
-def describe_os_error(error: OSError) -> str:
-    """In one line: which file, and what the operating system says."""
-    said = error.strerror or (str(error) or type(error).__name__).splitlines()[0]
-    return f"{error.filename}: {said}" if error.filename else said
-
-
 def require(ok: bool, section: object, field: str, words: str) -> None:
     """Raises ConfigError unless `ok`, as `Class.field = value: must be <words>`. For a section's `__post_init__`."""
     if not ok:

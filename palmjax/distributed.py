@@ -23,7 +23,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from palmjax.config import EXIT_STORAGE, ConfigError, describe_os_error
+from palmjax.config import ConfigError
+from palmjax.files import describe_os_error, exit_code_of
 
 EXIT_PEER_LOST = 69
 """Exit code of a process that stopped because another one was lost (EX_UNAVAILABLE): run the job again."""
@@ -272,7 +273,7 @@ def _report(error: BaseException, witness: _Witness) -> int:
             return error.exit_code
         case OSError():
             print(f"error: {prefix}{describe_os_error(error)}", file=sys.stderr)
-            return EXIT_STORAGE
+            return exit_code_of(error)
     traceback.print_exception(error)
     return 1
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from palmjax.config import EXIT_STORAGE, ConfigError
+from palmjax.config import ConfigError
+from palmjax.files import EXIT_STORAGE
 
 PREFIX = "checkpoint_"
 PARTS = ("commit_success.txt", "_CHECKPOINT_METADATA", "info/metadata", "state/_METADATA", "state/manifest.ocdbt")

@@ -57,10 +57,10 @@ def find(folder: str, step: int, rewinds: int | None = None) -> Logged:
     start: dict[str, Any] | None = None
     branches: dict[int, dict[int, dict[str, Any]]] = {}
     found: Logged | None = None
-    for record in read_metrics(folder):
+    for record in read_metrics(folder, damaged=_say_damaged):
         if record.get("event") == "start":
             start = record
-        if record["kind"] != "train" or start is None:
+        if record.get("kind") != "train" or start is None:
             continue
         made = start["rewinds"]
         branch = branches.setdefault(made, {})
@@ -71,6 +71,10 @@ def find(folder: str, step: int, rewinds: int | None = None) -> Logged:
         there = [f"{min(b)}..{max(b)}" + (f" after rewind {made}" if made else "") for made, b in branches.items()]
         raise ConfigError(f"{folder} has no line of step {step}; it has steps {', '.join(there) or 'none'}")
     return found
+
+
+def _say_damaged(text: str) -> None:
+    print(f"note: left out: {text}", file=sys.stderr)
 
 
 def open_run(folder: str, logged: Logged) -> Run:

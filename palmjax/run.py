@@ -115,7 +115,7 @@ class Run:
         if model_dir.newest(self.folder) != self.settings.steps:
             return False
         try:
-            rows = read_metrics(self.folder)
+            rows = read_metrics(self.folder, damaged=lambda _: None)
             return any(row.get("event") == "done" and row.get("step") == self.settings.steps for row in rows)
         except ConfigError:  # no metrics: the checkpoint was copied here
             return False

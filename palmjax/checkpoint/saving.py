@@ -21,7 +21,8 @@ import jax
 from palmjax import distributed
 from palmjax.checkpoint import digest, keep, seal
 from palmjax.checkpoint import tree as trees
-from palmjax.config import EXIT_STORAGE, ConfigError, SaveCheckpointConfig, section
+from palmjax.config import ConfigError, SaveCheckpointConfig, section
+from palmjax.files import EXIT_STORAGE, exit_code_of
 from palmjax.model_dir import PREFIX, as_path, is_whole, newest, set_broken_aside, steps
 from palmjax.provenance import RunInfo
 from palmjax.state import TrainState
@@ -196,9 +197,7 @@ class Checkpointer:
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:
-            number = getattr(error, "errno", None)
-            full = "No space left" in str(error) or number in (errno.ENOSPC, errno.EDQUOT)
-            for_people = full or number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+            full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             writing, self._writing = self._writing, None
             if writing is not None and self._is_local and jax.process_index() == 0:
                 for leftover in self._dir.glob(f"{PREFIX}{writing.step}.*"):
@@ -208,7 +207,7 @@ class Checkpointer:
             stays = (
                 "no checkpoint is whole" if usable is None else f"{PREFIX}{usable} is whole; a new run goes on from it"
             )
-            code = 2 if for_people else EXIT_STORAGE
+            code = 2 if full else exit_code_of(error)
             raise SaveError(f"{self._dir}: {what}: {reason}; {stays}", code) from error
 
 

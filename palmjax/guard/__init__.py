@@ -18,6 +18,7 @@ May import config, distributed, data, optim, model_dir and metrics' data types; 
 from palmjax.guard.overrides import FILE as OVERRIDES
 from palmjax.guard.overrides import Overrides
 from palmjax.guard.preemption import EXIT_PREEMPTED, Preemption
+from palmjax.guard.record import FILE as RECORD
 from palmjax.guard.record import Rewind, is_void, read_rewinds, remove_void, write_rewinds
 from palmjax.guard.watch import EXIT_STOPPED, Position, Stop, Watch
 
@@ -25,6 +26,7 @@ __all__ = [
     "EXIT_PREEMPTED",
     "EXIT_STOPPED",
     "OVERRIDES",
+    "RECORD",
     "Overrides",
     "Position",
     "Preemption",

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +199,20 @@ def files(model_dir: Any) -> list[tuple[int, Any]]:
 # ----------------------------------------------------------------------------------------------------- reading
 
 
-def read_metrics(model_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+def read_metrics(
+    model_dir: str | os.PathLike[str], damaged: Callable[[str], None] | None = None
+) -> Iterator[dict[str, Any]]:
     """Every line that a run has written so far, in order, from a local or a remote (gs://) MODEL_DIR.
 
     Yields the records of `Recorder`, with NaN and the infinities as floats again. A torn last line, of a run that is
-    writing it or was killed in it, is left out. Raises ConfigError where there are no metrics, and, naming file and
-    line, for a line that can't be read. A rewind does not take back the lines before it: see `in_force`.
+    writing it or was killed in it, is left out. Raises ConfigError where there are no metrics, and for a line that is
+    damaged, by file and line; or, if `damaged` is given, leaves such lines out and tells it of each. A rewind does
+    not take back the lines before it: see `in_force`.
     """
     found = files(as_path(model_dir))
     if not found:
         raise ConfigError(f"there are no metrics in {model_dir}: expected {FILE}, or {PARTS}/ with parts of it")
-    return (record for _, path in found for record in _read(path))
+    return (record for _, path in found for record in _read(path, damaged))
 
 
 def in_force(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -226,15 +229,16 @@ def in_force(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
+def _read(path: Path, damaged: Callable[[str], None] | None) -> Iterator[dict[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return
             record = parse(line)
-            if record is None:
-                raise ConfigError(
-                    f"{path}, line {number} is damaged: {line[:60]!r}...\n"
-                    "the next start of the run takes it out; without a start, delete the line"
-                )
-            yield record
+            if record is not None:
+                yield record
+                continue
+            text = f"{path}, line {number} is damaged: {line[:60]!r}..."
+            if damaged is None:
+                raise ConfigError(text)
+            damaged(text)

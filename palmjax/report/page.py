@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+import re
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from palmjax.metrics.throughput import clock, si
 from palmjax.report import plots
 from palmjax.report.read import Run
+
+_NUMBER = re.compile(r"-?[\d.,:]+(e[+-]?\d+)?( ?(%|s|[kMGTP]))?")
+_WHEN = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 MOST_EVENTS = 400
 """Rows of the table of events; a run that has more says how many are left out."""
@@ -26,10 +30,11 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #e6eaee
 .tile { border: 1px solid #e6eaee; border-radius: 6px; padding: .5rem .9rem; min-width: 7.5rem; }
 .tile b { display: block; font-size: 1.3rem; font-weight: 600; }
 .tile span { color: #5b6873; font-size: .85rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 1rem; }
 td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top; }
 th { font-weight: 600; color: #5b6873; font-size: .85rem; }
 td.n, th.n { text-align: right; }
+td.t { white-space: nowrap; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em; }
 svg { max-width: 100%; height: auto; }
 pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; border-radius: 6px; }
@@ -47,6 +52,7 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
         _section("Results", _results(run)),
         _section("Data seen", _data(run)),
         _section("What happened", _events(run)),
+        *([_section("Left out", "".join(_note(html.escape(text)) for text in run.damaged))] if run.damaged else ()),
         _section("Processes", _processes(run)),
         _section("Checkpoints", _note(html.escape(run.checkpoints))),
         _section("Configuration", _folded("config.gin", run.config) + _folded("model-info.txt", run.model_info)),
@@ -104,13 +110,14 @@ def _time(run: Run) -> str:
 
 
 def _results(run: Run) -> str:
+    names = list(dict.fromkeys(name for lines in run.evaluations.values() for name in _scores(lines[-1])))
     rows = []
     for task, lines in run.evaluations.items():
         best = min(lines, key=lambda line: line.get("loss", float("inf")))
-        for name, value in lines[-1].items():
-            if isinstance(value, (int, float)) and name not in ("step", "seconds"):
-                rows.append((task, name, _number(value), _number(best.get(name)), f"{best['step']:,}"))
-    table = _table(("held out", "metric", "last", "at the lowest loss", "step"), rows) if rows else ""
+        shown = {"last": lines[-1]} | ({"lowest loss": best} if best["step"] != lines[-1]["step"] else {})
+        for which, line in shown.items():
+            rows.append((task, which, f"{line['step']:,}", *(_number(line.get(name)) for name in names)))
+    table = _table(("held out", "", "step", *names), rows) if rows else ""
     seconds = _median(run, "seconds")
     speed, mfu, hfu = (_median(run, name) for name in ("tokens_per_second", "mfu", "hfu"))
     train = {
@@ -125,6 +132,11 @@ def _results(run: Run) -> str:
         "updates refused (not finite)": f"{sum(line.get('nonfinite', 0) > 0 for line in run.steps):,}",
     }
     return table + _table(("training", ""), [(name, value) for name, value in train.items() if value is not None])
+
+
+def _scores(line: Mapping[str, Any]) -> list[str]:
+    """Names of the metrics in an evaluation's line."""
+    return [n for n, value in line.items() if isinstance(value, int | float) and n not in ("step", "seconds")]
 
 
 def _data(run: Run) -> str:
@@ -148,10 +160,21 @@ def _events(run: Run) -> str:
 
 def _processes(run: Run) -> str:
     rows = [
-        (str(i), _when(p.born), clock(p.seen - p.born), f"{p.first:,} to {p.last:,}", p.ended or "killed or running")
+        (
+            str(i),
+            _when(p.born),
+            clock(p.seen - p.born),
+            f"{p.first:,} to {p.last:,}",
+            p.ended or _silent(i, run),
+        )
         for i, p in enumerate(run.processes, 1)
     ]
     return _table(("process", "began", "lived", "steps", "end"), rows)
+
+
+def _silent(number: int, run: Run) -> str:
+    """How a process ended that has not said it."""
+    return "killed" if number < len(run.processes) else "killed or running"
 
 
 def _scored(run: Run) -> list[tuple[str, Sequence[Any]]]:
@@ -184,11 +207,15 @@ def _note(text: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], escape: bool = True) -> str:
-    def cell(tag: str, text: str) -> str:
-        kind = ' class="n"' if text[:1].isdigit() and tag == "td" else ""
-        return f"<{tag}{kind}>{html.escape(text) if escape else text}</{tag}>"
+    def cell(text: str) -> str:
+        kind = ' class="n"' if _NUMBER.fullmatch(text) else ' class="t"' if _WHEN.fullmatch(text) else ""
+        return f"<td{kind}>{html.escape(text) if escape else text}</td>"
 
-    lines = ["".join(cell("th", text) for text in head), *("".join(cell("td", t) for t in row) for row in rows)]
+    rows = list(rows)
+    columns = [[row[i] for row in rows if i < len(row) and row[i]] for i in range(len(head))]
+    kinds = [' class="n"' if column and all(map(_NUMBER.fullmatch, column)) else "" for column in columns]
+    names = [f"<th{kind}>{html.escape(text)}</th>" for text, kind in zip(head, kinds, strict=True)]
+    lines = ["".join(names), *("".join(cell(t) for t in row) for row in rows)]
     return "<table>\n" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>\n"
 
 

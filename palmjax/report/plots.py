@@ -67,7 +67,7 @@ def loss(run: Run, others: Sequence[Run] = ()) -> Figure:
         steps, values = _column(other.steps, "loss")
         axes.plot(*smoothed(steps, values), color=OTHER_RUN, linewidth=1.5, label=f"train, {other.folder}")
         top.append(values)
-    _limit(axes, np.concatenate(top) if top else y)
+    _limit(axes, np.concatenate(top), np.concatenate([settled(values) for values in top]))
     _draw_marks(axes, run.marks)
     _finish(axes)
     return figure
@@ -81,7 +81,9 @@ def throughput(run: Run) -> Figure:
     if len(x) >= 20:
         axes.plot(*smoothed(x, y), color=CURVE, linewidth=1.8, label="running median")
     axes.yaxis.set_major_formatter(lambda value, _: si(value))
-    _limit(axes, y, bottom=0.0)
+    # A step that was waited for late seems to have taken no time: such peaks tell nothing of the speed.
+    usual = smoothed(x, y)[1] if len(x) >= 20 else y
+    _limit(axes, y, 1.25 * usual, bottom=0.0)
     _draw_marks(axes, run.marks)
     _finish(axes)
     return figure
@@ -146,8 +148,9 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _axes(ylabel: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2))
     axes = figure.subplots()
+    figure.subplots_adjust(left=0.07, right=0.8, bottom=0.12, top=0.94)  # alike, so that steps stand below each other
     axes.set(xlabel="step")
     axes.set_ylabel(ylabel)
     axes.grid(color=GRID, linewidth=0.8)
@@ -163,6 +166,7 @@ def _finish(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    axes.margins(x=0.01)
 
 
 def _integer_ticks() -> Any:
@@ -189,14 +193,27 @@ def _pieces(lines: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]
     return [piece[::-1] for piece in pieces]
 
 
-def _limit(axes: Axes, values: np.ndarray, bottom: float | None = None) -> None:
-    """The range of all but the rarest values: one spike must not flatten the curve."""
-    values = values[np.isfinite(values)]
-    if not len(values):
+def settled(losses: np.ndarray) -> np.ndarray:
+    """Of a long curve that has fallen, what comes behind its first twentieth: the fall from scratch would take all of
+    the picture.
+    """
+    return losses[len(losses) // 20 :] if len(losses) >= 200 else losses
+
+
+def _limit(axes: Axes, values: np.ndarray, usual: np.ndarray, bottom: float | None = None) -> None:
+    """The range of all but the rarest of the `usual` values: one spike must not flatten the curve. Says it where some
+    of `values` lie above.
+    """
+    values, usual = values[np.isfinite(values)], usual[np.isfinite(usual)]
+    if not len(usual):
         return
-    low, high = np.quantile(values, [0.0, 0.995])
+    low, high = usual.min(), np.quantile(usual, 0.995)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    axes.set_ylim(low - room if bottom is None else bottom, high + 2 * room)
+    top = high + 2 * room
+    axes.set_ylim(low - room if bottom is None else bottom, top)
+    if above := int((values > top).sum()):
+        words = f"{above:,} values are above, up to {si(values.max())}"
+        axes.text(0.995, 1.01, words, transform=axes.transAxes, ha="right", va="bottom", color=QUIET, fontsize=8)
 
 
 def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:

@@ -34,7 +34,8 @@ class Run:
     """What a run has left behind.
 
     steps: train lines whose result is part of the run, in order. taken_back: those that a rewind or a kill undid.
-    evaluations: task to its lines. shares: (task, share of the rows read, rows that it has), None where unknown.
+    evaluations: task to its lines. damaged: what is left out of the metrics, and why. shares: (task, share of the rows
+    read, rows that it has), None where unknown.
     """
 
     folder: str
@@ -49,6 +50,7 @@ class Run:
     config: str
     model_info: str
     checkpoints: str
+    damaged: Sequence[str] = ()
     total_steps: int | None = None
     row_length: int | None = None
     shares: Sequence[tuple[str, float, int]] | None = None
@@ -65,7 +67,8 @@ class Run:
 
 def read(folder: str) -> Run:
     """The run in `folder`, finished or not. Raises ConfigError if it has no metrics."""
-    records = list(read_metrics(folder))
+    damaged: list[str] = []
+    records = [record for record in read_metrics(folder, damaged.append) if "kind" in record]
     ledger = Ledger(records)
     path = model_dir.as_path(folder)
     evaluations: dict[str, dict[int, Mapping[str, Any]]] = {}
@@ -91,6 +94,7 @@ def read(folder: str) -> Run:
         config=_text(path / "config.gin"),
         model_info=_text(path / "model-info.txt"),
         checkpoints=model_dir.inventory(path),
+        damaged=damaged,
     )
 
 
@@ -100,14 +104,23 @@ def marks(records: Sequence[Mapping[str, Any]], processes: Sequence[Process]) ->
     for record in records:
         step = record.get("step", step)
         name, when = record.get("event"), record.get("time")
-        if name == "start" and when in began:
-            out.append(Mark("restart", step, when, f"from {record.get('origin', 'a checkpoint')}, step {step}"))
+        if name == "restart":  # the launcher's word, behind the "start"
+            if out and out[-1].kind == "restart" and record.get("exit_code") is not None:
+                text = f"{out[-1].text}; the one before ended with exit code {record['exit_code']}"
+                out[-1] = dataclasses.replace(out[-1], text=text)
+        elif name == "start" and when in began:
+            out.append(Mark("restart", step, when, f"from {_last_part(record.get('origin', 'a checkpoint'))}"))
         elif name == "lost":
             text = f"{record['steps']} steps ({record['seconds']:.1f} s) after step {record['after']} to be done again"
             out.append(Mark("lost", record["after"], when, text))
         elif name is not None and name not in ROUTINE:
             out.append(Mark(name, step, when, _words(record), record.get("to")))
     return out
+
+
+def _last_part(origin: str) -> str:
+    """Of a checkpoint in this run's own folder its name; "scratch" as it is."""
+    return origin.rsplit("/", 1)[-1]
 
 
 def _words(record: Mapping[str, Any]) -> str:
@@ -119,4 +132,4 @@ def _words(record: Mapping[str, Any]) -> str:
 
 
 def _text(path: Any) -> str:
-    return path.read_text() if path.exists() else ""
+    return path.read_bytes().decode(errors="replace") if path.is_file() else ""

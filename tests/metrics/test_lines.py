@@ -160,6 +160,8 @@ def test_a_torn_last_line_is_left_out_and_any_other_is_named(tmp_path: Path) -> 
         path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
         with pytest.raises(ConfigError, match=r"line 2 is damaged"):
             list(read_metrics(tmp_path))
+        told: list[str] = []
+        assert list(read_metrics(tmp_path, told.append)) == [{"step": 1}, {"step": 3}] and len(told) == 1
 
 
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
