@@ -2,9 +2,11 @@
 benchmarks.guard_cost`
 
 Prints, for the job of gin/exp/palm_nano_stdlib.gin (or another file) on random tokens:
-- seconds a step with the rule for what is not finite and without, in blocks that alternate, and the ratio; beside it
-  the ratio of two programs without it, which is what the machine's noise amounts to;
+- CPU seconds a step, of all threads, with the rule for what is not finite and without, in short blocks that alternate,
+  and the ratio of their sums with its standard error; beside it the same of two programs without the rule, which must
+  come out at 1;
 - the compiler's own count of FLOPs and of bytes that the step moves, with and without: no noise;
+- CPU seconds of a save's digests and of its files' checksums, as a share of the steps between two saves;
 - microseconds of the host's rules for a step, every rule on, as a share of the step.
 """
 
@@ -14,14 +16,17 @@ import argparse
 import dataclasses
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from palmjax import configure, mesh
+from palmjax.checkpoint import digest, seal
 from palmjax.config import Experiment, GuardConfig, NonFiniteRule, SpikeRule
 from palmjax.data import feed
 from palmjax.data.batch import Batch
@@ -43,12 +48,25 @@ class Side:
         self.tensors = tensor_names(prog.abstract_state.params)
 
     def seconds(self, steps: int) -> float:
-        """Of a step, in a block of `steps` that the host only launches."""
-        began = time.perf_counter()
+        """CPU seconds of a step, in a block of `steps` that the host only launches."""
+        began = time.process_time()
         for _ in range(steps):
             self._state, metrics = self.compiled(self._state, self._batch)
         jax.block_until_ready((self._state, metrics))
-        return (time.perf_counter() - began) / steps
+        return (time.process_time() - began) / steps
+
+    def checksums(self) -> tuple[float, float]:
+        """CPU seconds of a save's (digests, files' checksums), the second time."""
+        with tempfile.TemporaryDirectory(prefix="guard-") as folder:
+            path, found = Path(folder) / "state", (0.0, 0.0)
+            path.write_bytes(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(self._state)))
+            for _ in range(2):
+                began = time.process_time()
+                digest.digests(self._state)
+                middle = time.process_time()
+                seal.write(Path(folder))
+                found = (middle - began, time.process_time() - middle)
+        return found
 
     def count(self, name: str) -> float:
         """FLOPs or bytes of a step by the compiler's analysis."""
@@ -62,6 +80,14 @@ def random_batch(experiment: Experiment, rows: int, length: int) -> Batch:
     ones = np.ones((rows, length), np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
+
+
+def ratio(a: list[float], b: list[float]) -> str:
+    """Of the sums, with the standard error of many such ratios of rounds drawn anew (bootstrap)."""
+    pairs = np.array([a, b])
+    drawn = np.random.default_rng(0).integers(0, len(a), (2000, len(a)))
+    sums = pairs[:, drawn].sum(axis=-1)
+    return f"{sum(b) / sum(a):.4f} +- {np.std(sums[1] / sums[0]):.4f}, {np.median(pairs[1] / pairs[0]):.4f} by pairs"
 
 
 def in_turn(calls: list[Callable[[], float]], rounds: int) -> list[list[float]]:
@@ -106,8 +132,8 @@ def main() -> None:
     parser.add_argument("--job", default=JOB, help="a run file")
     parser.add_argument("--gin", action="append", default=[], metavar="KEY=VALUE", help="a binding; may be repeated")
     parser.add_argument("--rows", type=int, help="rows a step (the job's)")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=4, help="steps of a block")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a block")
     options = parser.parse_args()
     experiment = configure.load([options.job], options.gin, placeholders=True).experiment
     length = feed.row_length(experiment.train_dataset)
@@ -119,20 +145,19 @@ def main() -> None:
         side.seconds(2)
     plain, ours, again = in_turn([lambda side=side: side.seconds(options.steps) for side in sides], options.rounds)
 
-    def ratio(a: list[float], b: list[float]) -> str:
-        ratios = sorted(y / x for x, y in zip(a, b, strict=True))
-        spread = f"quartiles {ratios[len(ratios) // 4]:.4f} to {ratios[-1 - len(ratios) // 4]:.4f}"
-        medians = statistics.median(b) / statistics.median(a)
-        return f"{medians:.4f} of medians, {statistics.median(ratios):.4f} by pairs, {spread}"
-
-    step = statistics.median(plain)
+    step = statistics.fmean(plain)
     print(f"{options.job}, {rows} rows of {length} on {jax.device_count()} x {jax.devices()[0].device_kind}")
-    print(f"step: {1e3 * step:.2f} ms without the guard, {1e3 * statistics.median(ours):.2f} ms with it")
+    print(f"step: {1e3 * step:.2f} ms of CPU without the guard, {1e3 * statistics.fmean(ours):.2f} ms with it")
     print(f"ratio with / without: {ratio(plain, ours)}")
     print(f"ratio without / without (noise): {ratio(plain, again)}")
     for name in ("flops", "bytes accessed"):
         a, b = sides[0].count(name), sides[1].count(name)
         print(f"{name}: {a:,.0f} without, {b:,.0f} with: x{b / a:.5f}")
+    period, both = experiment.checkpoint.save.period, sides[1].checksums()
+    print(
+        f"a save's checksums: {1e3 * both[0]:.0f} ms of digests, {1e3 * both[1]:.0f} ms of files, "
+        f"{100 * sum(both) / (period * step):.3f} % of the {period} steps between two saves"
+    )
     host = host_seconds(sides[1].tensors)
     print(f"host: {1e6 * host:.0f} us a step, every rule on: {100 * host / step:.3f} % of the step", flush=True)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import tempfile
 import threading
@@ -47,6 +48,7 @@ class _Peak(threading.Thread):
 
 def measure(kind: str, megabytes: int, arrays: int, folder: str) -> tuple[int, int, float]:
     """(bytes before, peak bytes, seconds until whole) of the second of two saves."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import jax.numpy as jnp
     import orbax.checkpoint as ocp

@@ -5,6 +5,7 @@ leads to the same bits.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from palmjax import guard, model_dir, replay
 from palmjax.checkpoint import read_info
+from palmjax.config import ConfigError
 from palmjax.metrics import read_metrics
 from tests.e2e import jobs
 from tests.faults import poison, runs
@@ -94,6 +96,14 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
     jobs.assert_same_bits(*states)
     infos = [read_info(one / f"checkpoint_{runs.STEPS}") for one in (folder, undisturbed)]
     assert infos[0].data == infos[1].data and infos[0].guard == infos[1].guard
+
+
+def test_a_run_whose_record_of_rewinds_is_gone_is_refused(job, finished, tmp_path):
+    """Later rewinds would take no checkpoint for void that they have passed."""
+    shutil.copytree(finished.defended / "checkpoint_70", tmp_path / "checkpoint_70")
+    with pytest.raises(ConfigError, match=r"checkpoint_70 was saved behind 1 rewinds, of which guard\.json knows 0"):
+        runs.run(job, tmp_path, *runs.SPIKE)
+    assert model_dir.steps(tmp_path) == [70]
 
 
 def test_when_no_rewind_is_left_the_run_stops_and_says_what_it_read(job, tmp_path, capsys):

@@ -102,6 +102,28 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     assert "No step yet." in text and "Nothing went wrong." in text
 
 
+def test_a_damaged_line_is_left_out_and_told_and_a_restart_says_how_the_one_before_ended(tmp_path):
+    start = '{"kind": "event", "event": "start", "time": %d, "step": %d, "origin": "/runs/a/checkpoint_1"}\n'
+    step = '{"kind": "train", "step": %d, "loss": 2.0, "seconds": 1.0, "tokens": 64, "tokens_per_second": 64.0}\n'
+    again = '{"kind": "event", "event": "restart", "time": 2001, "step": 1, "attempt": 1, "exit_code": 137}\n'
+    text = start % (1000, 0) + step % 1 + '{"kind": "tra\x01in"\n' + start % (2000, 1) + again + step % 2
+    (tmp_path / "metrics.jsonl").write_text(text)
+    run = read(str(tmp_path))
+    assert [line["step"] for line in run.steps] == [1, 2] and len(run.damaged) == 1
+    assert [mark.text for mark in run.marks] == ["from checkpoint_1; the one before ended with exit code 137"]
+    shown = page(run)
+    parsed(shown)
+    assert "metrics.jsonl, line 3 is damaged" in shown and "<td>killed</td>" in shown
+
+
+def test_a_curve_is_not_flattened_by_its_beginning_or_by_a_peak(run):
+    losses = np.concatenate([np.geomspace(10, 2, 40), np.full(960, 2.0) + np.sin(np.arange(960)) / 10])
+    losses[500] = 50.0
+    steps = [{"step": i, "loss": float(loss), "tokens_per_second": 100.0} for i, loss in enumerate(losses, 1)]
+    axes = plots.loss(dataclasses.replace(run, steps=steps, taken_back=(), evaluations={}, marks=())).axes[0]
+    assert 2.1 < axes.get_ylim()[1] < 2.5 and "values are above, up to 50" in axes.texts[0].get_text()
+
+
 def test_long_curves_keep_their_peaks_and_gaps():
     y = np.sin(np.arange(100_000) / 5000)
     y[77_777], y[12_345] = 30.0, -30.0
