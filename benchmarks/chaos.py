@@ -265,7 +265,7 @@ def stop(job: Job, run: Path, seconds: float) -> None:
 
 def jump(job: Job, run: Path, library: str) -> None:
     """Runs `job` under libfaketime, its wall clock jumping amid its steps."""
-    file = run.parent / "clock"
+    file = run.parent / "faketime"
     file.write_text("+0")
     added = {"LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1"}
     process = job.start(run, **added, FAKETIME_DONT_FAKE_MONOTONIC="1")
