@@ -16,6 +16,7 @@ from palmjax.evaluation.documents import digest
 from palmjax.evaluation.forms import Answered, Reply, Text, Write
 from palmjax.evaluation.prompts import COUNTED, Encoded, Encoder, Prompt
 from palmjax.evaluation.schedule import Request
+from palmjax.evaluation.score import GAP, NEAR
 from palmjax.evaluation.stats import Estimate
 from palmjax.evaluation.store import Answer
 from palmjax.evaluation.tasks import Documents
@@ -113,9 +114,10 @@ def draw_key(prompt: Sequence[int]) -> int:
     return int(digest(list(prompt))[:8], 16) >> 1
 
 
-COUNTERS = (*COUNTED, "ties", "extraction_failures", "length_stops", "duplicates")
+COUNTERS = (*COUNTED, "ties", "near_ties", "extraction_failures", "length_stops", "duplicates")
 """What is counted beside a score: shots_dropped and truncated (documents), boundary_merges (questions), ties (documents
-whose first choice was not alone), extraction_failures and length_stops (outputs), duplicates (documents)."""
+whose best choice was not alone), near_ties (where the next one was less than `score.NEAR` away, in the headline's
+figure), extraction_failures and length_stops (outputs), duplicates (documents)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,22 +182,24 @@ def _outcome(formats: Sequence[tuple[Asked, Sequence[Answered]]]) -> Outcome:
         answered=answered,
         estimates=estimates,
         headline=headline,
-        counters=count(asked, answered),
+        counters=count(asked, answered, headline),
         formats=[estimates[headline].value, *(form.estimates(other)[headline].value for _, other in formats[1:])],
         chance=form.chance([one.document for one in answered]),
         groups={group: form.estimates(part)[headline] for group, part in parts.items()} if len(parts) > 1 else {},
     )
 
 
-def count(asked: Asked, answered: Sequence[Answered]) -> dict[str, int]:
+def count(asked: Asked, answered: Sequence[Answered], headline: str) -> dict[str, int]:
     """COUNTERS over the documents of a task."""
     counted: dict[str, int] = {name: 0 for name in COUNTERS}
     for prompt in asked.prompts:
         for name, number in prompt.counts.items():
             counted[name] += number if name == "boundary_merges" else bool(number)
     for one in answered:
-        for name in ("ties", "length_stops"):
-            counted[name] += int(one.values.get(name, 0))
+        counted["length_stops"] += int(one.values.get("length_stops", 0))
+        gap = one.values.get(f"{GAP}{headline}", one.values.get(f"{GAP}acc", math.inf))
+        counted["ties"] += gap == 0
+        counted["near_ties"] += 0 < gap < NEAR
         counted["extraction_failures"] += sum(
             int(value) for name, value in one.values.items() if name.startswith("extraction_failures")
         )

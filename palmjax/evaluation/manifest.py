@@ -24,7 +24,8 @@ RULES = {
     "rolling": "disjoint windows, the first behind BOS, the last with all the context a row holds; BOS is never scored",
     "overflow": "exemplars are dropped whole, the farthest first (shots_dropped); then the context of all of a "
     "document's questions is cut at its left behind BOS (truncated), or refused",
-    "ties": "share the credit and are counted (ties)",
+    "ties": "share the credit and are counted, in the headline's figure (ties); so are choices less than 0.01 apart "
+    "(near_ties)",
     "exemplars": "from the train split, by SHA-256 of (seed, document id) or (seed, group)",
     "limit": "the first documents by SHA-256 of their content",
 }

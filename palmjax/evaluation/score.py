@@ -82,11 +82,21 @@ def softmax(log_likelihoods: Sequence[float]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def credit(values: Sequence[float], scores: Sequence[float]) -> tuple[float, int]:
-    """(worth of the choice of the highest value, how many share that value). Equals share the credit evenly."""
-    best = max(values)
+def credit(values: Sequence[float], scores: Sequence[float]) -> tuple[float, float]:
+    """(worth of the choice of the highest value, by how much that is above the next). Equals share the credit evenly,
+    and are 0 apart.
+    """
+    best, second = sorted(values)[:-3:-1]
     tied = [score for value, score in zip(values, scores, strict=True) if value == best]
-    return math.fsum(tied) / len(tied), len(tied)
+    return math.fsum(tied) / len(tied), best - second
+
+
+GAP = "gap_"
+"""Before the name of an accuracy: the value of a document that says how far its choice was from the next one."""
+NEAR = 0.01
+"""Choices less than that apart are nearly tied: other devices or another precision may choose otherwise (bfloat16 moves
+log-likelihoods by up to 0.1 nats where tensor parallelism splits a sum).
+"""
 
 
 ACCURACIES = ("acc", "acc_per_char", "acc_per_byte", "acc_per_token", "acc_unconditional")
@@ -105,11 +115,12 @@ def choice_values(
     tokens: Sequence[int],
     unconditional: Sequence[float] | None,
 ) -> dict[str, float]:
-    """A multiple-choice document under every normalisation. Ties share the credit and are counted in `ties`.
+    """A multiple-choice document under every normalisation. Ties share the credit.
 
     acc: worth of the choice of highest log-likelihood; _per_char, _per_byte, _per_token: of highest log-likelihood a
     character, UTF-8 byte, token (Brown et al. 2020 use tokens, lm-eval's acc_norm characters); _unconditional: minus
     its log-likelihood without the question (Brown et al. 2020, section 2.4). Lengths leave out space at the front.
+    gap_<accuracy>: how far the chosen one is above the next in that figure (nats, or nats a character, byte, token).
     mass: the worth, weighted by the probabilities among the choices (TruthfulQA's MC2 where worths are 0 and 1).
     brier: sum over choices of (probability - share of the worth)^2. confidence: of the likeliest choice.
     """
@@ -121,12 +132,10 @@ def choice_values(
     }
     values: dict[str, float] = {}
     for name, by in lengths.items():
-        values[name], tied = credit([x / n for x, n in zip(log_likelihoods, by, strict=True)], scores)
-        if name == "acc":
-            values["ties"] = float(tied > 1)
+        values[name], values[GAP + name] = credit([x / n for x, n in zip(log_likelihoods, by, strict=True)], scores)
     if unconditional is not None:
         gained = [x - y for x, y in zip(log_likelihoods, unconditional, strict=True)]
-        values["acc_unconditional"], _ = credit(gained, scores)
+        values["acc_unconditional"], values[f"{GAP}acc_unconditional"] = credit(gained, scores)
     probabilities, worth = softmax(log_likelihoods), np.asarray(scores, np.float64)
     values["mass"] = math.fsum(probabilities * worth)
     values["confidence"] = float(probabilities.max())

@@ -88,6 +88,14 @@ def test_multiple_choice_scores_are_those_computed_by_hand(task: str) -> None:
         assert found[name].value == pytest.approx(value, abs=1e-12), name
 
 
+def test_ties_and_near_ties_are_those_of_the_headline() -> None:
+    assert outcomes()["mmlu"].counters["ties"] == 5 and outcomes()["mmlu"].counters["near_ties"] == 0
+    assert outcomes()["arc_challenge"].counters["ties"] == 0, "iron and salt tie, but not a character"
+    # Letters that are 0.004 nats apart
+    nearly = run(one_task("mmlu"), Rule(lambda context, continuation: -1 - ord(continuation[-1]) / 256))["mmlu"]
+    assert nearly.counters["ties"] == 0 and nearly.counters["near_ties"] == 5
+
+
 def test_truthfulqa_mc2_is_the_probability_of_the_true_answers() -> None:
     # exp(-bytes) of " " + answer, true answers over all: five documents by hand
     def mass(true: list[str], false: list[str]) -> float:

@@ -109,8 +109,9 @@ def test_a_ratio_of_sums_is_paired_by_its_residuals() -> None:
 
 def test_ties_share_the_credit_and_are_counted() -> None:
     values = score.choice_values([-1.0, -2.0, -1.0], [0.0, 0.0, 1.0], [" a", " b", " c"], [1, 1, 1], None)
-    assert values["acc"] == 0.5 and values["ties"] == 1
-    assert score.choice_values([-1.0, -2.0], [1.0, 0.0], [" a", " b"], [1, 1], None)["ties"] == 0
+    assert values["acc"] == 0.5 and values["gap_acc"] == 0
+    assert score.choice_values([-1.0, -2.5], [1.0, 0.0], [" a", " bc"], [1, 1], None)["gap_acc"] == 1.5
+    assert score.choice_values([-1.0, -2.5], [1.0, 0.0], [" a", " bc"], [1, 1], None)["gap_acc_per_char"] == 0.25
 
 
 def test_every_normalisation_by_hand() -> None:
