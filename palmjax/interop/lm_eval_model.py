@@ -23,6 +23,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from palmjax import decode
 from palmjax.config import ConfigError
 from palmjax.data.vocabulary import HuggingFace
+from palmjax.decode import BeamSearch, PowerOfLength, SearchPart
 from palmjax.evaluation import schedule
 from palmjax.evaluation.run import Scorer, ScorerConfig
 from palmjax.evaluation.schedule import Request
@@ -290,6 +291,8 @@ class PalmJax(TemplateLM):
             "palmjax_tokenizer": self._vocabulary.fingerprint,
             "palmjax_mesh": {axis: size for axis, size in shape.items() if size > 1},
             "palmjax_max_length": self.max_length,
+            "palmjax_rolling": "disjoint windows of max_length, the first behind the prefix token; a BOS that the "
+            "tokenizer puts before the text is scored with it",
             "palmjax_begins_with_bos": self.tok_encode("a", None) != self.tok_encode("a", False),
             **{f"palmjax_requests_{name}": count for name, count in self._counts.items()},
         }
@@ -298,7 +301,7 @@ class PalmJax(TemplateLM):
 class _Generation:
     """How a text is continued: hashable, equal for equal requests."""
 
-    def __init__(self, until: tuple[str, ...], max_new_tokens: int, sampling: SamplingPart | None):
+    def __init__(self, until: tuple[str, ...], max_new_tokens: int, sampling: SamplingPart | SearchPart | None):
         self.until, self.max_new_tokens, self.sampling = until, max_new_tokens, sampling
 
     @classmethod
@@ -309,13 +312,17 @@ class _Generation:
         new, draws = known.pop("max_gen_toks"), known.pop("do_sample", False)
         temperature = float(known.pop("temperature", 0.0))
         cuts = {name: known.pop(name, None) for name in ("top_k", "top_p")}
-        known = {name: value for name, value in known.items() if (name, value) != ("num_beams", 1)}
+        beams, penalty = known.pop("num_beams", 1), known.pop("length_penalty", None)
         if known:
             raise ConfigError(
                 f"generation_kwargs: {', '.join(sorted(known))} can't be set here; known are until, max_gen_toks, "
-                "do_sample, temperature, top_k, top_p"
+                "do_sample, temperature, top_k, top_p, num_beams, length_penalty"
             )
+        if beams > 1 and draws:
+            raise ConfigError("generation_kwargs: num_beams and do_sample: a beam search draws nothing here")
         sampling = Temperature(temperature=temperature or 1.0, **cuts) if draws else None
+        if beams > 1:
+            sampling = BeamSearch(beams=beams, length=PowerOfLength(alpha=1.0 if penalty is None else float(penalty)))
         return cls(until, new, sampling)
 
     def __repr__(self) -> str:

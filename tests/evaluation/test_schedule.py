@@ -113,6 +113,15 @@ def test_the_order_is_the_requests_own_and_steps_are_too(requests: list[Request]
         assert Schedule(in_order, dataclasses.replace(SMALL, pool=13)).digest != same
 
 
+def test_the_last_steps_are_full_whatever_the_lengths() -> None:
+    """The longest of the requests ahead begins first: otherwise the end would wait for a few long ones."""
+    rng = np.random.default_rng(1)
+    requests = [Request(tuple(rng.integers(0, 99, rng.integers(1, 70)).tolist()), (1,)) for _ in range(60)]
+    plan = Schedule(requests, Shape(shards=1, rows=8, page=4, depth=20, pool=300, tile=4))
+    assert len(plan) * 8 < plan.pages + 2 * 8
+    assert carry_out(plan)[0] == [wanted(request) for request in requests]
+
+
 def test_shards_share_the_work() -> None:
     rng = np.random.default_rng(0)
     requests = [Request(tuple(rng.integers(0, 99, rng.integers(1, 15)).tolist()), (1, 2, 3)) for _ in range(600)]

@@ -58,12 +58,40 @@ def sentence_piece_like(size: int) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **named, chat_template=CHAT)
 
 
+def byte_level_behind_bos(size: int) -> Any:
+    """As LLaMA 3's: BPE over bytes, BOS put before a text."""
+    made = byte_level(size).backend_tokenizer
+    made.add_special_tokens([BEGIN, END])
+    template = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, made.token_to_id(BEGIN))])
+    made.post_processor = template
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, bos_token=BEGIN)
+
+
+def word_pieces(size: int) -> Any:
+    """As BERT's: lower case, no spaces, what is unknown is one token; nothing put before a text."""
+    made = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))  # pyright: ignore
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)  # pyright: ignore
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore
+    made.decoder = decoders.WordPiece()  # pyright: ignore
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=["<unk>", END])  # pyright: ignore
+    made.train_from_iterator(texts(), trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token=END)
+
+
+TOKENIZERS = {
+    "gpt2": byte_level,
+    "llama": sentence_piece_like,
+    "mistral": byte_level_behind_bos,
+    "bloom": word_pieces,
+}
+
+
 def write_model(folder: Path, kind: str, *, layers: int = 2, width: int = 32, length: int = 128, rows: int = 0) -> Path:
-    """A random model of `kind` ("gpt2" or "llama") and its tokenizer, as transformers saves them.
+    """A random model of `kind` (of TOKENIZERS) and its tokenizer, as transformers saves them.
 
     rows: of the embedding table, the tokenizer's size at least.
     """
-    tokenizer = byte_level(400) if kind == "gpt2" else sentence_piece_like(400)
+    tokenizer = TOKENIZERS[kind](400)
     ids = {
         "vocab_size": max(rows, len(tokenizer)),
         "bos_token_id": tokenizer.bos_token_id,
@@ -71,11 +99,13 @@ def write_model(folder: Path, kind: str, *, layers: int = 2, width: int = 32, le
     }
     heads = width // 8 if width < 256 else 8
     if kind == "gpt2":
-        sizes = {"n_positions": length, "n_embd": width, "n_layer": layers, "n_head": heads}
+        sizes: dict[str, Any] = {"n_positions": length, "n_embd": width, "n_layer": layers, "n_head": heads}
+    elif kind == "bloom":
+        sizes = {"hidden_size": width, "n_layer": layers, "n_head": heads}
     else:
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         sizes |= {"num_key_value_heads": heads // 2, "intermediate_size": 8 * width // 3 // 8 * 8}
-        sizes |= {"max_position_embeddings": length}
+        sizes |= {"max_position_embeddings": length} | ({"sliding_window": 16} if kind == "mistral" else {})
     config = transformers.AutoConfig.for_model(kind, **ids, **sizes)
     model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
