@@ -85,7 +85,7 @@ class PalmJax(TemplateLM):
         self._identity = self._scorer.identity(params)
         self._store = Store(answers, self._identity) if answers and jax.process_index() == 0 else None
         self._template = ChatTemplate.find(chat_template, Path(opened.path).parent, self._vocabulary)
-        self._counts = dict.fromkeys(COUNTED, 0)
+        self._counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
         self._last_context: tuple[str | None, list[int]] = (None, [])
 
     # --- text and tokens -------------------------------------------------------------------------------------------
