@@ -208,7 +208,7 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_other_families_and_tokenizers_say_what_hf_says(other: Pair) -> None:
     rows = ["the model reads a row of tokens " * 9, "THE  Model\u00a0reads,\t größer 🙂\n\n"]
-    pairs = [*((text, " and learns") for text in rows), ("the mo", "del reads a row"), ("12 34 ", "56"), ("", "The Row")]
+    pairs = [*((text, " and learns") for text in rows), ("the mo", "del reads a row"), ("12 34 ", "56"), ("", "Row")]
     asked = [Instance("loglikelihood", {}, one, n) for n, one in enumerate(pairs)]
     assert_near(
         other.ours.loglikelihood(asked, disable_tqdm=True), other.theirs.loglikelihood(asked, disable_tqdm=True)
