@@ -116,7 +116,8 @@ def constrain(x: jax.Array, axes: Axes, where: str = "activation") -> jax.Array:
 def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = None, partial: bool = False) -> jax.Array:
     """`jnp.einsum` of two operands, multiplied in `x.dtype`, with the result laid out by the logical axes `out`.
 
-    dtype: of the result, `x.dtype` by default; float32 keeps what the products are accumulated in.
+    dtype: of the result, `x.dtype` by default; float32 keeps what the products are accumulated in. Its gradient is
+    rounded to `x.dtype` for the products of the backward pass, as matrix units take them.
 
     What each operand must look like follows from `out`: a kept dimension has the result's layout, and a contracted one
     stays sharded only if both operands agree on it (tensor parallelism's row-wise product). So a weight sharded over
@@ -132,7 +133,7 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = No
     sizes = dict(zip(x_dims, x.shape, strict=True)) | dict(zip(w_dims, w.shape, strict=True))
     dims = _dims(out, [sizes[d] for d in result], equation)
     if dims is None:
-        return jnp.einsum(equation, x, w, preferred_element_type=dtype)
+        return _product(equation, None, dtype, x, w)
     of_result = dict(zip(result, dims, strict=True))
     x_now, w_now = _current(x_dims, x), _current(w_dims, w)
     contracted = {d: x_now[d] for d in x_dims if d not in of_result and x_now[d] == w_now.get(d)}
@@ -151,7 +152,38 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out: Axes, dtype: Any = No
     parts = frozenset(axis for axis in busy if (_active_sizes() or {}).get(axis, 1) > 1)
     if partial and parts:
         spec = PartitionSpec(*_as_spec([tuple(a for a in dim if a not in parts) for dim in dims]), unreduced=parts)
+    return _product(equation, spec, dtype, x, w)
+
+
+def _product(equation: str, spec: PartitionSpec | None, dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+    if dtype is None or dtype == x.dtype:
+        return jnp.einsum(equation, x, w, out_sharding=spec)
+    return _wide_product(equation, spec, dtype, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _wide_product(equation: str, spec: PartitionSpec | None, dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The product of `x` and `w` in a wider `dtype` than theirs."""
     return jnp.einsum(equation, x, w, out_sharding=spec, preferred_element_type=dtype)
+
+
+def _wide_product_forward(
+    equation: str, spec: PartitionSpec | None, dtype: Any, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _wide_product(equation, spec, dtype, x, w), (x, w)
+
+
+def _wide_product_backward(
+    equation: str, spec: PartitionSpec | None, dtype: Any, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # A product with a float32 operand runs at a fraction of a matrix unit's rate (on GPUs), and the weight's gradient
+    # would be a float32 array of its whole width until it is reduced.
+    x = operands[0]
+    _, back = jax.vjp(lambda x, w: jnp.einsum(equation, x, w, out_sharding=spec), *operands)
+    return back(gradient.astype(x.dtype))
+
+
+_wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 
 def total(parts: Sequence[jax.Array], axes: Axes) -> jax.Array:

@@ -77,3 +77,32 @@ def test_split_rows_keeps_every_row_on_its_device(cube):
 def test_rank_mistakes_are_ours():
     with pytest.raises(AssertionError):
         sharding.named(mesh.build(CUBE), ShardingRules(), ("batch",), (4, 4))
+
+
+def test_a_wide_product_is_differentiated_in_its_operands_dtype(cube) -> None:
+    """float32 logits of bfloat16 states: no product of the backward pass has a float32 operand, in or out of a mesh."""
+    x = jax.random.normal(jax.random.key(0), (8, 4, 16), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (32, 16))
+    out: sharding.Axes = ("batch", "length", "vocab")
+
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(sharding.einsum("BTD,VD->BTV", x, w, out=out, dtype=jnp.float32)))
+
+    def exact(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(jnp.einsum("BTD,VD->BTV", x, w, precision="highest")))
+
+    rounded = w.astype(jnp.bfloat16).astype(jnp.float32)
+    wanted = jax.grad(exact, (0, 1))(x.astype(jnp.float32), rounded)
+    alone = jax.grad(loss, (0, 1))(x, w)
+    with sharding.activate(cube, ShardingRules()):
+        rules = ShardingRules()
+        placed = jax.device_put(w, sharding.named(cube, rules, ("vocab", "embed"), w.shape))
+        rows = jax.device_put(x, sharding.named(cube, rules, ("batch", "length", "residual"), x.shape))
+        together = jax.jit(jax.grad(loss, (0, 1)))(rows, placed)
+    for found in (alone, together):
+        assert [g.dtype for g in found] == [jnp.bfloat16, jnp.float32]
+        for g, exactly in zip(found, wanted, strict=True):
+            assert float(jnp.linalg.norm(g - exactly) / jnp.linalg.norm(exactly)) < 2**-7
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w))
+    products = [line for line in text.splitlines() if "dot_general[" in line]
+    assert len(products) >= 3 and sum(":f32" in line.split("=")[0] for line in products) == 1

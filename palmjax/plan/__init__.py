@@ -6,7 +6,8 @@
 
 topology.py: machines by name. compiler.py, worker.py: the step compiled in a process of its own, cached. hlo.py,
 flops.py, traffic.py: the schedule as data. memory.py: what a device holds. chips.py, network.py, cost.py: how long it
-takes. build.py: the plan. layouts.py, search.py: layouts guessed and tried. check.py: recorded plans. report.py:
+takes. build.py: the plan. layouts.py, search.py: layouts guessed and tried.
+remedies.py: what would make a step fit. check.py: recorded plans. report.py:
 text, JSON, picture. main.py: the verb.
 """
 

@@ -16,7 +16,7 @@ import jax
 
 from palmjax import configure
 from palmjax.config import ConfigError, Experiment
-from palmjax.plan import build, check, chips, compiler, layouts, report, search, topology
+from palmjax.plan import build, check, chips, compiler, remedies, report, search, topology
 from palmjax.progress import Progress
 
 
@@ -36,6 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--slices", type=int, default=1, metavar="N", help="equal slices joined by the data centre's network (1)")
     add("--batch_size", type=int, metavar="ROWS", help="rows a step (default: the run's largest batch)")
     add("--output", metavar="DIR", help="write plan.json and plan.png here")
+    add(
+        "--remedies",
+        type=int,
+        default=1,
+        metavar="N",
+        help="for a step that does not fit, compile changes until N fit (1)",
+    )
     add("--search", action="store_true", help="compile the likeliest layouts and rank them")
     add("--budget", type=int, default=12, metavar="K", help="layouts a search compiles (12)")
     add("--jobs", type=int, default=2, metavar="N", help="compilers side by side (2)")
@@ -70,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}={value}: must be at least 1")
+    if options.remedies < 0:
+        raise ConfigError(f"--remedies={options.remedies}: must be 0 (compile none) or more")
     target = topology.parse(options.topology, options.slices)
     experiment = configure.load(flags.files, flags.bindings, flags.search_paths, placeholders=True).experiment
     if options.search:
@@ -80,17 +89,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except compiler.CompilerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _write(plan, options.output)
+    if not options.json:
+        print(report.text(plan), end="", flush=True)
+    changes = _remedies(experiment, target, plan, options)
+    found = plan.to_json() | {"to_fit": [remedy.to_json() for remedy in changes]}
+    _write(plan, found, options.output)
     if options.json:
-        print(json.dumps(plan.to_json()))
-        return 0 if plan.fits else 1
-    print(report.text(plan), end="")
-    if not plan.fits and plan.hbm_bytes is not None:
-        held, limit = plan.usage.total, build.LIMIT * plan.hbm_bytes
-        changes = layouts.remedies(experiment, target, plan.rows, plan.length, held, limit)
-        print("\nTO FIT  by arithmetic, the fastest first; plan again to be sure")
-        print("\n".join(f"  {change}" for change in changes) or "  no change of one or two settings is enough")
+        print(json.dumps(found))
+    elif not plan.fits and plan.hbm_bytes is not None:
+        print("\nTO FIT  the best first")
+        print("\n".join(remedies.lines(changes)) or f"  {remedies.least(experiment, target, plan)}")
     return 0 if plan.fits else 1
+
+
+def _remedies(
+    experiment: Experiment, target: topology.Topology, plan: build.Plan, options: argparse.Namespace
+) -> list[remedies.Remedy]:
+    """What would make a step fit that does not; nothing for one that does."""
+    if plan.fits or plan.hbm_bytes is None:
+        return []
+    return remedies.proved(
+        experiment,
+        target,
+        plan,
+        wanted=options.remedies,
+        cache=options.cache,
+        timeout=options.timeout,
+        progress=lambda words: print(f"does not fit; {words} ...", file=sys.stderr, flush=True),
+    )
 
 
 def replan(cache: str, timeout: float, path: str, arguments: str) -> build.Plan:
@@ -127,7 +153,7 @@ def _search(experiment: Experiment, target: topology.Topology, flags: configure.
     print(text, end="")
     best = result.best
     if options.output and best is not None and best.plan is not None:
-        _write(best.plan, options.output)
+        _write(best.plan, best.plan.to_json(), options.output)
         with open(os.path.join(options.output, "best.gin"), "w") as file:
             file.write(text)
         report.pareto(result, os.path.join(options.output, "pareto.png"))
@@ -146,14 +172,14 @@ def _rows(options: Any) -> list[int] | None:
     return rows
 
 
-def _write(plan: build.Plan, folder: str | None) -> None:
-    """plan.json and plan.png in `folder`, if one is given. Raises ConfigError if it can't be written."""
+def _write(plan: build.Plan, values: dict[str, Any], folder: str | None) -> None:
+    """plan.json (`values`) and plan.png in `folder`, if one is given. Raises ConfigError if it can't be written."""
     if folder is None:
         return
     try:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "plan.json"), "w") as file:
-            json.dump(plan.to_json(), file, indent=1)
+            json.dump(values, file, indent=1)
         report.picture(plan, os.path.join(folder, "plan.png"))
     except OSError as error:
         raise ConfigError(f"--output={folder} can't be written: {error.strerror}") from error

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from palmjax import configure, plan
 from palmjax.config import ConfigError, Experiment
 from palmjax.metrics.throughput import mfu
 from palmjax.models.account import account
-from palmjax.plan import build, check, compiler, layouts, main, report, search
+from palmjax.plan import build, check, compiler, main, report, search
 
 TINY = str(pathlib.Path(__file__).parent / "tiny.gin")
 V4, V5E = plan.parse("v4:2x2x1"), plan.parse("v5e:2x2")
@@ -120,14 +121,21 @@ def test_a_step_that_does_not_fit_says_what_fills_the_memory(too_big: plan.Plan)
     assert "logits" in too_big.usage.largest[0].op_name or "BTV" in too_big.usage.largest[0].op_name
 
 
-def test_remedies_name_settings_and_the_first_one_works(too_big: plan.Plan, cache: str) -> None:
-    experiment = load("Decoder.vocab_size=262144")
-    assert too_big.hbm_bytes is not None
-    changes = layouts.remedies(experiment, V5E, 256, 256, too_big.usage.total, 0.95 * too_big.hbm_bytes)
-    assert changes and all(re.match(r"(\w+\.)?\w+=", change) for change in changes)
-    bindings = re.split(r", (?=\w+\.)", changes[0])
-    fixed = configure.load([TINY], ["Decoder.vocab_size=262144", *bindings], placeholders=True).experiment
-    assert plan.compile(fixed, V5E, rows=256, cache=cache).fits
+def test_what_is_said_to_make_it_fit_does(
+    too_big: plan.Plan, cache: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the verb: the first change was compiled, and its flags, given to the verb, make the same plan."""
+    job = [TINY, "--topology", "v5e:2x2", "--batch_size", "256", "--gin.Decoder.vocab_size=262144", "--cache", cache]
+    assert main.main([*job, "--output", str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    first, *others = text[text.index("TO FIT") :].splitlines()[1:]
+    assert "compiled: " in first and others and all("by arithmetic" in line for line in others)
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["fits"] is False and told["to_fit"][0]["compiled"] and told["to_fit"][0]["mfu"] > 0
+    change = shlex.split(first.split("   compiled")[0])
+    assert main.main([*job, *change, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["to_fit"] == [] and found["mfu"] == told["to_fit"][0]["mfu"]
 
 
 def test_the_report_and_the_picture(tiny: plan.Plan, too_big: plan.Plan, tmp_path: pathlib.Path) -> None:
