@@ -51,6 +51,8 @@ _FREE = frozenset(
 )
 """Operations that move no data: the compiler folds them away or names what is there."""
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+_FAR = 6
+"""Steps back to the operation whose result a transfer moves: a start, copies, a bitcast."""
 MATMUL, OTHER, KERNEL, ICI, DCN = "matmul", "other compute", "kernel", "exposed ICI", "exposed DCN"
 KINDS = (MATMUL, OTHER, KERNEL, ICI, DCN)
 
@@ -369,7 +371,20 @@ class _Walk:
 
     def _add(self, kind: str, seconds: float, runs: int, instruction: hlo.Instruction, **details: Any) -> None:
         named = self.module.named(instruction)
-        place = self.module.source(named)
-        self.entries.append(
-            Entry(kind, seconds, runs, instruction, named.op_name, place, inside=self.inside, **details)
-        )
+        name, place = named.op_name, self.module.source(named)
+        if not name and kind in (ICI, DCN):
+            name, place = self._moves(instruction)
+        self.entries.append(Entry(kind, seconds, runs, instruction, name, place, inside=self.inside, **details))
+
+    def _moves(self, instruction: hlo.Instruction) -> tuple[str, str]:
+        """Of a transfer that the compiler made up: the traced name and place of what made its data."""
+        at = instruction
+        for _ in range(_FAR):
+            before = (self.module.find(name) for name in at.operands)
+            at = next((i for i in before if i is not None), None)
+            if at is None:
+                break
+            made = self.module.named(at)
+            if made.op_name:
+                return f"{made.op_name} (moved)", self.module.source(made)
+        return "", ""

@@ -62,11 +62,11 @@ def candidates(experiment: Experiment, topology: Topology, plan: Plan) -> list[R
         if 1 <= len(settings) <= SETTINGS and guess.bytes * scale <= build.LIMIT * plan.hbm_bytes:
             found.append((guess.seconds * (1 + 0.1 * len(settings)), guess.bytes, Remedy(tuple(bindings), layout)))
     ranked = [remedy for *_, remedy in sorted(found, key=lambda f: f[:2])]
-    # One of each kind: neighbouring meshes fail and fit together.
+    # One of each kind: neighbouring meshes fail and fit together, and more microbatches only cost time.
     kinds: dict[Any, Remedy] = {}
     for remedy in ranked:
         layout = remedy.layout
-        kinds.setdefault((layout.remat, layout.microbatches, layout.residual, layout.tensor), remedy)
+        kinds.setdefault((layout.remat, layout.residual, layout.tensor), remedy)
     return list(kinds.values())[:CANDIDATES]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from palmjax.metrics.throughput import si
 from palmjax.plan import cost
-from palmjax.plan.build import Plan
+from palmjax.plan.build import Plan, Time, part
 from palmjax.plan.search import Result
 
 _GIB = 2**30
@@ -69,8 +69,8 @@ def _time(plan: Plan) -> list[str]:
     for slow in time.slowest:
         axis = f" over {slow.axis}" if slow.axis else ""
         lines.append(
-            f"    {slow.seconds:>8.4g} s  x{slow.runs:<6}{slow.kind}{axis}  {slow.shape}  {short(slow.op_name)}  "
-            f"{slow.place}"
+            f"    {slow.seconds:>8.4g} s  x{slow.runs:<6}{slow.kind}{axis}  {slow.shape}  {part(slow.op_name)}: "
+            f"{short(slow.op_name)}  {slow.place}"
         )
     if plan.run is not None:
         energy = (
@@ -88,7 +88,7 @@ def short(op_name: str) -> str:
     """The end of a traced name, without what every name has."""
     for noise in ("jit(step)/", "while/body/", "closed_call/", "checkpoint/", "rematted_computation/"):
         op_name = op_name.replace(noise, "")
-    return op_name if len(op_name) <= 72 else "..." + op_name[-69:]
+    return op_name if len(op_name) <= 56 else "..." + op_name[-53:]
 
 
 def _gib(size: float) -> str:
@@ -99,13 +99,19 @@ def picture(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Memory, time by kind and by part, and the slowest operations, as one PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 9), layout="constrained")
-    axes = figure.subplots(2, 2, width_ratios=(1, 1.6))
+    if plan.time is None:
+        figure = Figure(figsize=(14, 4.8), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+        _draw_memory(left, plan)
+        _draw_buffers(right, plan)
+    else:
+        figure = Figure(figsize=(14, 9), layout="constrained")
+        axes = figure.subplots(2, 2, width_ratios=(1, 1.6))
+        _draw_memory(axes[0, 0], plan)
+        _draw_kinds(axes[1, 0], plan.time)
+        _draw_parts(axes[0, 1], plan.time)
+        _draw_slowest(axes[1, 1], plan.time)
     figure.suptitle(_headline(plan), fontsize=12)
-    _draw_memory(axes[0, 0], plan)
-    _draw_kinds(axes[1, 0], plan)
-    _draw_parts(axes[0, 1], plan)
-    _draw_slowest(axes[1, 1], plan)
     figure.savefig(path, dpi=110)
 
 
@@ -165,25 +171,26 @@ def _draw_memory(axes: Any, plan: Plan) -> None:
     axes.legend(handles[::-1], labels[::-1], loc="center right", frameon=False)
 
 
-def _draw_kinds(axes: Any, plan: Plan) -> None:
-    if plan.time is None:
-        axes.set_axis_off()
-        return
-    kinds = {kind: seconds for kind, seconds in plan.time.kinds.items() if seconds > 1e-3 * plan.time.step}
-    step = plan.time.step
+def _draw_buffers(axes: Any, plan: Plan) -> None:
+    buffers = plan.usage.largest[::-1]
+    bars = axes.barh(range(len(buffers)), [b.bytes / _GIB for b in buffers], color="#4878a8")
+    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.set_yticks(range(len(buffers)), [f"{short(b.op_name)[-52:]}\n{b.shape}" for b in buffers], fontsize=7)
+    axes.set(title="Largest buffers at the peak, GiB")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_kinds(axes: Any, time: Time) -> None:
+    kinds = {kind: seconds for kind, seconds in time.kinds.items() if seconds > 1e-3 * time.step}
     bars = axes.barh(list(kinds)[::-1], list(kinds.values())[::-1], color=[_COLORS[kind] for kind in kinds][::-1])
-    axes.bar_label(bars, fmt=lambda s: f"{s:.3g} s, {100 * s / step:.0f} %", padding=3)
+    axes.bar_label(bars, fmt=lambda s: f"{s:.3g} s, {100 * s / time.step:.0f} %", padding=3)
     axes.set(title="Step by kind, seconds", xlim=(0, 1.35 * max(kinds.values())))
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_parts(axes: Any, plan: Plan) -> None:
-    if plan.time is None:
-        axes.set_axis_off()
-        return
-    parts = [(name, seconds) for name, seconds in plan.time.parts.items() if seconds > 0.004 * plan.time.step][:14][
-        ::-1
-    ]
+def _draw_parts(axes: Any, time: Time) -> None:
+    parts = [(name, seconds) for name, seconds in time.parts.items() if seconds > 0.004 * time.step][:14][::-1]
     colors = [_COLORS.get(name, "#4878a8") for name, _ in parts]
     bars = axes.barh([name for name, _ in parts], [seconds for _, seconds in parts], color=colors)
     axes.bar_label(bars, fmt="%.3g", padding=3)
@@ -192,12 +199,13 @@ def _draw_parts(axes: Any, plan: Plan) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_slowest(axes: Any, plan: Plan) -> None:
-    if plan.time is None:
-        axes.set_axis_off()
-        return
-    rows = plan.time.slowest[::-1]
-    names = [f"{short(s.op_name)[-46:]}\n{s.shape}{' over ' + s.axis if s.axis else ''}" for s in rows]
+def _draw_slowest(axes: Any, time: Time) -> None:
+    rows = time.slowest[::-1]
+    names = [
+        f"{part(s.op_name)}: {short(s.op_name).removesuffix('/dot_general')[-32:]}\n"
+        f"{s.shape}{' over ' + s.axis if s.axis else ''}  {s.place}"
+        for s in rows
+    ]
     bars = axes.barh(range(len(rows)), [s.seconds for s in rows], color=[_COLORS[s.kind] for s in rows])
     axes.bar_label(bars, fmt="%.3g", padding=3)
     axes.set_yticks(range(len(rows)), names, fontsize=7)
