@@ -69,7 +69,10 @@ class Layout:
             "MeshConfig.tensor": self.tensor,
             "ShardingRules.residual": '("tensor",)' if self.residual else "()",
             "Decoder.remat": "None" if self.remat is None else f"@{policy_name(self.remat)}()",
-            **{f"{policy_name(self.remat)}.{k}": repr(v) for k, v in (vars(self.remat) if self.remat else {}).items()},
+            **{
+                f"{policy_name(self.remat)}.{key}": repr(value).replace("'", '"')  # single quotes are the shell's
+                for key, value in (vars(self.remat) if self.remat else {}).items()
+            },
             "TrainConfig.microbatches": self.microbatches,
             "BATCH_SIZE": self.rows,
         }

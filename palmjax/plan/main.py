@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from palmjax import configure
-from palmjax.config import ConfigError, Experiment
-from palmjax.plan import build, check, chips, compiler, remedies, report, search, topology
+from palmjax.config import ConfigError, Experiment, MeshConfig
+from palmjax.plan import build, check, chips, compiler, layouts, remedies, report, search, topology
 from palmjax.progress import Progress
 
 
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     experiment = configure.load(flags.files, flags.bindings, flags.search_paths, placeholders=True).experiment
     if options.search:
         return _search(experiment, target, flags, options)
+    if experiment.mesh == MeshConfig() and target.devices > 1:
+        print("note: no mesh is set, so every device holds all parameters (MeshConfig.data = -1)", file=sys.stderr)
     print(f"compiling for {target} ...", file=sys.stderr, flush=True)
     try:
         plan = build.compile(experiment, target, rows=options.batch_size, cache=options.cache, timeout=options.timeout)
@@ -91,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if not options.json:
         print(report.text(plan), end="", flush=True)
+        if plan.time is not None and not plan.options and (fast := layouts.FAST.get(target.key)):
+            print(f"  note: compiled without flags; often faster with LIBTPU_INIT_ARGS='{fast}'")
     changes = _remedies(experiment, target, plan, options)
     found = plan.to_json() | {"to_fit": [remedy.to_json() for remedy in changes]}
     _write(plan, found, options.output)

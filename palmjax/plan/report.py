@@ -29,7 +29,7 @@ def text(plan: Plan) -> str:
     if plan.time is not None:
         lines += ["", *_time(plan)]
     else:
-        lines += ["", "STEP  no time: " + ("its speed is not modelled" if plan.fits else "the compiler gave up")]
+        lines += ["", "STEP  no time: " + ("its speed is not modelled" if plan.fits else "it does not fit")]
     return "\n".join(lines) + "\n"
 
 
@@ -58,7 +58,7 @@ def _time(plan: Plan) -> list[str]:
         f"  FLOPs a token: {si(plan.model_flops)} of the model, {si(plan.hardware_flops)} of the compiled matmuls",
     ]
     lines += [f"  {kind:<28}{s:>10.4g} s {100 * s / time.step:>5.1f} %" for kind, s in time.kinds.items() if s]
-    if time.hidden:
+    if time.hidden > 1e-6 * time.step:
         lines.append(f"  {'communication hidden':<28}{time.hidden:>10.4g} s   behind compute, not in the step")
     lines += [f"    exposed along {axis:<14}{s:>10.4g} s" for axis, s in time.axes.items() if s > 1e-3 * time.step]
     if time.layer:
