@@ -249,7 +249,7 @@ def to_huggingface(
     """
     opened = _open(source, bindings)
     model, beside = opened.model, opened.path.parent / BESIDE
-    family, config = _configuration(str(opened.path), model, model_type, beside)
+    family, config = _configuration(str(opened.path), model, model_type, beside, opened.info.vocabulary)
     name = dtype or _stored_dtype(beside) or "float32"
     config |= {"dtype": name, "torch_dtype": name}
     planned = family.plan(model)
@@ -276,21 +276,28 @@ def to_huggingface(
     return str(target)
 
 
-def _configuration(path: str, model: Decoder, model_type: str | None, beside: Path) -> tuple[Family, dict[str, Any]]:
-    """The family and the config.json of a model: the one it was converted from, if it still describes it."""
+def _configuration(
+    path: str, model: Decoder, model_type: str | None, beside: Path, vocabulary: Vocabulary
+) -> tuple[Family, dict[str, Any]]:
+    """The family and the config.json of a model: the one it was converted from, if it still describes it.
+
+    A new one names the vocabulary's own ids: transformers' defaults are those of another tokenizer.
+    """
     config_file = beside / "config.json"
     carried = json.loads(config_file.read_text()) if config_file.exists() else {}
     if carried and model_type in (None, carried["model_type"]):
         family = families.named(carried["model_type"], str(config_file))
         if architecture(family.model(carried, str(config_file), ignored=None)) == architecture(model):
             return family, carried
+    special = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
     if model_type is None:
-        return families.holding(model, path)
+        family, config = families.holding(model, path)
+        return family, config | special
     family = families.named(model_type, "--model_type")
     if (config := family.config(model)) is None:
         held, _ = families.holding(model, path)
         raise ConfigError(f"--model_type={model_type}: {path} is no such model; {held.model_type!r} has it")
-    return family, config
+    return family, config | special
 
 
 def _stored_dtype(beside: Path) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from palmjax import decode
+from palmjax import checkpoint, decode
 from palmjax.interop import convert
 from palmjax.interop.huggingface import families
 from palmjax.interop.layout import View
@@ -54,8 +54,11 @@ def test_logits_greedy_tokens_and_the_way_back(tmp_path, name):
 
     # As after training here: nothing but the checkpoint's own configuration tells what the model is.
     shutil.rmtree(tmp_path / "ours" / convert.BESIDE)
+    vocabulary = checkpoint.read_info(str(tmp_path / "ours" / "checkpoint_0")).vocabulary
     convert.to_huggingface(str(tmp_path / "ours"), tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == theirs.config.model_type
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["model_type"] == theirs.config.model_type
+    assert written["eos_token_id"] == vocabulary.eos_id
     np.testing.assert_array_equal(models.torch_logits(models.load(tmp_path / "back"), tokens, real), want)
 
 
