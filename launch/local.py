@@ -93,37 +93,33 @@ def supervise(lines: Sequence[Sequence[str]], added: dict[str, str], asked: list
 
     asked: gets the signals that were forwarded.
     """
-    # Groups of their own: Ctrl-C reaches them once, forwarded from here.
-    processes = [
-        subprocess.Popen(
-            line,
-            env=os.environ | added,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            process_group=0,
-        )
-        for line in lines
-    ]
+    noted: list[int] = [] if asked is None else asked
+    # Before the first process, and only noted: `_wait` forwards, so that none that is still being started misses one.
+    before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
     lock = threading.Lock()
-    echoes = [
-        threading.Thread(target=_echo, args=(source, sink, i, lock), daemon=True)
-        for i, process in enumerate(processes)
-        for source, sink in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
-    ]
-    for echo in echoes:
-        echo.start()
-
-    def forward(number: int, _frame: object) -> None:
-        if asked is not None:
-            asked.append(number)
-        _send(processes, number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        code = _wait(processes)
+        # Groups of their own: Ctrl-C reaches them once, forwarded from here.
+        processes = [
+            subprocess.Popen(
+                line,
+                env=os.environ | added,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                process_group=0,
+            )
+            for line in lines
+        ]
+        echoes = [
+            threading.Thread(target=_echo, args=(source, sink, i, lock), daemon=True)
+            for i, process in enumerate(processes)
+            for source, sink in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+        ]
+        for echo in echoes:
+            echo.start()
+        code = _wait(processes, noted)
         for echo in echoes:
             echo.join(5)  # a child that it left behind may hold the pipe open
     finally:
@@ -138,10 +134,14 @@ def _send(processes: Sequence[subprocess.Popen[str]], number: int) -> None:
             process.send_signal(number)
 
 
-def _wait(processes: Sequence[subprocess.Popen[str]]) -> int:
-    first, failed_at, told = 0, 0.0, 0
+def _wait(processes: Sequence[subprocess.Popen[str]], asked: Sequence[int]) -> int:
+    """asked: grows with the signals to forward."""
+    first, failed_at, told, forwarded = 0, 0.0, 0, 0
     ended: set[int] = set()
     while len(ended) < len(processes):
+        for number in asked[forwarded:]:
+            _send(processes, number)
+            forwarded += 1
         for i, process in enumerate(processes):
             if i not in ended and (code := process.poll()) is not None:
                 ended.add(i)
