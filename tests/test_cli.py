@@ -42,6 +42,15 @@ def test_importing_palmjax_is_light() -> None:
     assert cpu_seconds("from palmjax.cli import main; main(['--help'])") < 0.3
 
 
+def test_a_run_without_a_tpu_can_be_profiled_where_the_tpu_compiler_is_installed(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS")
+    traced = "import jax; jax.devices(); jax.profiler.start_trace(given[0]); jax.profiler.stop_trace()"
+    code = f"import sys; from palmjax import cli; sys.exit(cli.run_main(lambda given: exec({traced!r}), sys.argv[1:]))"
+    done = run(str(tmp_path), code=code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.glob("**/*.xplane.pb"))
+
+
 def test_help_names_every_verb() -> None:
     done = run("--help")
     assert done.returncode == 0
