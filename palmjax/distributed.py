@@ -5,12 +5,16 @@ a minute with a message and a non-zero exit code, and the restarted job goes on 
 notice a loss. A collective fails (gloo on CPU): at once, in the main thread. The coordinator's connection closes, or a
 heartbeat is missed: JAX aborts the process from a thread of its own, and in jax 0.10.2 nothing in Python runs before it
 does, so a small witness process says why.
+
+jaxlib 0.10.2's coordinator measures heartbeats by the wall clock: where that jumps ahead by more than
+`HEARTBEAT_SECONDS`, it takes every process for lost, and the job ends as above. Run again, it goes on to the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -27,7 +31,7 @@ from palmjax.config import ConfigError
 from palmjax.files import describe_os_error, exit_code_of
 
 EXIT_PEER_LOST = 69
-"""Exit code of a process that stopped because another one was lost (EX_UNAVAILABLE): run the job again."""
+"""Exit code of a process that stopped as another one was lost or never came (EX_UNAVAILABLE): run the job again."""
 
 HEARTBEAT_SECONDS = 30
 """A silent process is taken for lost after this long. JAX's own 100 s would keep a pod waiting for nothing."""
@@ -43,6 +47,12 @@ _LOST = re.compile(
 
 A collective's failure comes as a JaxRuntimeError, or as a ValueError if the call itself waited for it.
 """
+
+
+class NotJoined(ConfigError):
+    """The processes of the job did not find each other: one of them, or what lies between, is not there yet."""
+
+    exit_code = EXIT_PEER_LOST
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +94,10 @@ def _join(options: argparse.Namespace) -> None:
             initialization_timeout=options.initialization_timeout,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
-        raise ConfigError(f"{_not_joined(options)} ({str(error).splitlines()[0][:160]})") from error
+    except jax.errors.JaxRuntimeError as error:
+        raise NotJoined(f"{_not_joined(options)} ({str(error).splitlines()[0][:160]})") from error
+    except (RuntimeError, ValueError) as error:  # the cluster's environment does not say what JAX needs to know
+        raise ConfigError(f"this process can't join the others: {str(error).splitlines()[0][:200]}") from error
 
 
 def _check_port(port: int) -> None:
@@ -93,7 +105,9 @@ def _check_port(port: int) -> None:
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        raise ConfigError(f"--coordinator_address: process 0 can't listen on port {port}: {error.strerror}") from error
+        # A port in use may be that of the attempt before, which is still ending.
+        kind = NotJoined if error.errno == errno.EADDRINUSE else ConfigError
+        raise kind(f"--coordinator_address: process 0 can't listen on port {port}: {error.strerror}") from error
 
 
 def _not_joined(options: argparse.Namespace) -> str:

@@ -12,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from launch import command
 from palmjax import distributed, guard
 from palmjax.config import ConfigError
 
@@ -201,7 +203,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
             timeout=60,
             check=False,
         )
-    assert run.returncode == 2, run
+    assert run.returncode == distributed.EXIT_PEER_LOST, "the attempt before may still be ending"
     assert run.stderr.startswith("error: --coordinator_address: process 0 can't listen on port"), run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
 
@@ -226,6 +228,24 @@ def parse(*flags: str) -> argparse.Namespace:
 def test_flags_that_contradict_each_other(flags: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         distributed.is_wanted(parse(*flags))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), distributed.EXIT_PEER_LOST),
+        (ValueError("coordinator_address should be defined."), 2),
+    ],
+)
+def test_what_waiting_may_mend_is_tried_again(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def initialize(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the backend of other tests
+    with pytest.raises(ConfigError, match=str(error)) as caught:
+        distributed._join(parse("--coordinator_address=h:1", "--process_count=2", "--process_index=1"))
+    assert caught.value.exit_code == code and (code in command.FINAL) == (code == 2)
 
 
 def test_no_flags_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
