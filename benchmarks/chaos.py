@@ -1,7 +1,7 @@
 """One run, killed a hundred times: are its final bits those of a run that nobody disturbed?
 
     python -m benchmarks.chaos --kills 100 --seed 0
-    python -m benchmarks.chaos --kills 0 --stop 120
+    python -m benchmarks.chaos --kills 0 --stop 120 --clock
 
 A tiny PaLM is trained twice on the same text. The second run is ended by SIGKILL at random instants, start-up, steps
 and saves alike, and started again each time; most attempts are forked from a process that has imported palmjax, so that
@@ -9,7 +9,8 @@ the time goes into what can be lost. Printed: where the kills fell, how many ste
 many of the final state's arrays, optimizer moments included, are equal bit for bit; exit code 1 unless all are. After
 each kill the next attempt must go on from the newest checkpoint that was whole when the process died: "lost" counts
 the attempts that did not. With --stop a run is stopped amid its steps (SIGSTOP) for so many seconds and goes on, under
-a watchdog that would take a tenth of that for a hang.
+a watchdog that would take a tenth of that for a hang. With --clock a run's wall clock jumps amid its steps, an hour
+ahead and then two back (`wall_clock.c`, which needs a C compiler).
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -90,13 +94,13 @@ class Job:
         given = [*(f"--gin.{name}={value}" for name, value in values.items()), *(f"--gin.{b}" for b in bindings)]
         return ["train", str(self.folder / "job.gin"), *given]
 
-    def start(self, run: Path, *bindings: str) -> subprocess.Popen[str]:
-        """`palmjax train` as a user starts it."""
+    def start(self, run: Path, *bindings: str, **added: str) -> subprocess.Popen[str]:
+        """`palmjax train` as a user starts it. added: to its environment."""
         with (run.parent / f"{run.name}.log").open("a") as console:
             return subprocess.Popen(
                 [sys.executable, "-m", "palmjax", *self.arguments(run, *bindings)],
                 cwd=ROOT,
-                env=environment(),
+                env=environment() | added,
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -262,6 +266,41 @@ def stop(job: Job, run: Path, seconds: float) -> None:
     _end(run, process)
 
 
+class WallClock:
+    """The wall clock of processes that are started with its `environment`: whatever asks for the time there, Python or
+    a library, gets the machine's plus `set`'s seconds, and waits for a time of day end by it. Needs a C compiler.
+    """
+
+    def __init__(self, folder: Path):
+        compiler = shutil.which("cc")
+        if compiler is None:
+            raise SystemExit("a clock that jumps needs a C compiler (cc)")
+        library, self._file = folder / "wall_clock.so", folder / "wall_clock"
+        source = str(Path(__file__).with_name("wall_clock.c"))
+        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl"], check=True)
+        self._file.write_bytes(struct.pack("q", 0))
+        self.environment = {"LD_PRELOAD": str(library), "WALL_CLOCK": str(self._file)}
+
+    def set(self, seconds: int) -> None:
+        with self._file.open("r+b", buffering=0) as file:
+            file.write(struct.pack("q", seconds))
+
+
+def jump(job: Job, run: Path) -> None:
+    """Runs `job` with a wall clock that jumps an hour ahead in its first half, and an hour behind in its second."""
+    clock = WallClock(run.parent)
+    dog = ("TrainConfig.watchdog=@WatchdogConfig()", "WatchdogConfig.least_seconds=60")
+    process = job.start(run, *dog, **clock.environment)
+    for part, seconds in enumerate((3600, -3600), 1):
+        _wait_for_step(Log(run), run, 0, part * job.steps // 4, process)
+        clock.set(seconds)
+    _end(run, process)
+    times = [row["time"] for row in map(json.loads, (run / "metrics.jsonl").open()) if "time" in row]
+    jumps = [round((after - before) / 3600) for before, after in itertools.pairwise(times)]
+    if [hours for hours in jumps if hours] != [1, -2]:
+        raise SystemExit(f"the clock did not jump under the run: hours between its events are {jumps}")
+
+
 def _end(run: Path, process: subprocess.Popen[str]) -> None:
     if process.wait(1200):
         raise SystemExit(f"the run ended with {process.returncode}; see {run}.log")
@@ -282,6 +321,12 @@ def report(out: Outcome, kills: int, steps: int, equal: tuple[int, int]) -> Mapp
     return {"kills": dict(out.kills), "lost": out.lost, "repeated": out.repeated, "equal": equal}
 
 
+def _tell(what: str, equal: tuple[int, int]) -> bool:
+    """Prints it; returns whether an array differs."""
+    print(f"{what}: {equal[0]} of {equal[1]} arrays equal, bit for bit", flush=True)
+    return equal[0] != equal[1]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if the disturbed run ended with the bits of the other one and lost nothing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=(__doc__ or "").splitlines()[0])
@@ -289,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of the run (30 a kill)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants (0)")
     parser.add_argument("--stop", type=float, metavar="SECONDS", help="also stop a run for so long")
+    parser.add_argument("--clock", action="store_true", help="also let a run's wall clock jump")
     parser.add_argument("--folder", type=Path, help="where to work, kept; else a temporary one")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
@@ -299,9 +345,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong = 0
         if options.stop is not None:
             stop(job, job.folder / "stop", options.stop)
-            equal = compare(calm, job.folder / "stop", job.steps)
-            print(f"stopped for {options.stop:.0f} s: {equal[0]} of {equal[1]} arrays equal, bit for bit", flush=True)
-            wrong += equal[0] != equal[1]
+            wrong += _tell(f"stopped for {options.stop:.0f} s", compare(calm, job.folder / "stop", job.steps))
+        if options.clock:
+            jump(job, job.folder / "clock")
+            wrong += _tell("the clock an hour ahead, then two back", compare(calm, job.folder / "clock", job.steps))
         if options.kills:
             out = disturb(job, disturbed, options.kills, options.seed)
             equal = compare(calm, disturbed, job.steps)

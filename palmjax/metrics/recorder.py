@@ -57,7 +57,9 @@ class Recorder:
 
     A step's JSON line: kind "train", step (steps done after it), each metric, tokens, seconds (between
     the completion of the step before and its own), tokens_per_second, mfu, hfu, data_wait, checkpoint_block (seconds).
-    The other kinds are "eval" (step, task, each metric, seconds) and "event" (event, time, what came with it).
+    The other kinds are "eval" (step, task, each metric, seconds) and "event" (event, time, monotonic, what came with
+    it). time is the wall clock, which people and the network set; monotonic counts on through that, from an origin that
+    is the same within a process.
     """
 
     def __init__(
@@ -158,7 +160,8 @@ class Recorder:
 
     def event(self, name: str, **values: Any) -> None:
         """Writes that something happened, with what belongs to it (`step` if it belongs to one): JSON values."""
-        self._write({"kind": "event", "event": name, "time": time.time(), **values})
+        clocks = {"time": time.time(), "monotonic": time.monotonic()}
+        self._write({"kind": "event", "event": name, **clocks, **values})
 
     def message(self, text: str) -> None:
         """Prints a line on the console, above the progress bar."""

@@ -49,7 +49,9 @@ class Process:
     """One process's life. began: wall-clock time of its "start" event, before: seconds from its birth to that.
 
     first, last: steps done when it began and at its end. ended: why, None for one that was killed or still runs.
-    seen: wall-clock time of the last sign of life, an event or what steps and evaluations since `anchor` add up to.
+    seen: time of the last sign of life, an event or what steps and evaluations since `anchor` add up to. All times but
+    `began` are `began` plus what has passed since by the monotonic clock, which stood at `ticks` then; `ahead` is how
+    far the wall clock has gone from that.
     """
 
     began: float
@@ -60,6 +62,17 @@ class Process:
     before: float = 0.0
     busy: float = 0.0
     ended: str | None = None
+    ticks: float | None = None
+    ahead: float = 0.0
+
+    def when(self, event: Mapping[str, Any]) -> float:
+        """The time of an event of this process; of an older palmjax's, which logged no monotonic clock, the wall's."""
+        wall = event.get("time", 0.0)
+        now = wall
+        if self.ticks is not None and "monotonic" in event:
+            now = self.began + event["monotonic"] - self.ticks
+        self.ahead = wall - now
+        return now
 
     def live(self, seconds: float) -> None:
         """Steps or evaluations that took `seconds`, one after the other since `anchor`."""
@@ -108,9 +121,9 @@ class Ledger:
                 seconds[cause] += spent
         if self.processes:
             for before, after in itertools.pairwise(self.processes):
-                seconds[DOWN] += max(0.0, after.born - before.seen)
-            wall = self.processes[-1].seen - self.processes[0].born
-            seconds[OTHER] += max(0.0, wall - sum(seconds.values()))
+                seconds[DOWN] += max(0.0, after.born - before.seen - before.ahead)
+            alive = sum(process.seen - process.born for process in self.processes)
+            seconds[OTHER] += max(0.0, alive + seconds[DOWN] - sum(seconds.values()))
         return Goodput(seconds)
 
     def _train(self, line: Mapping[str, Any]) -> None:
@@ -131,9 +144,9 @@ class Ledger:
         self.steps.append(Done(line, {**spent, REFUSED if refused else USEFUL: left}))
 
     def _event(self, record: Mapping[str, Any]) -> None:
-        name, now = record["event"], record.get("time", 0.0)
+        name = record["event"]
         if name == "start":
-            self._start(record, now)
+            self._start(record)
             return
         if name == "lost":  # written by the next process, of the one before
             self._seconds[REDONE] += record["seconds"]
@@ -144,7 +157,7 @@ class Ledger:
                 self._live(record["seconds"] + record["evaluations"])
             return
         if self.processes:
-            self.processes[-1].seen = max(self.processes[-1].seen, now)
+            self.processes[-1].seen = max(self.processes[-1].seen, self.processes[-1].when(record))
         if name == "rewind":
             self._take_back(record["to"], REWOUND)
         elif name == "first step" and self.processes:
@@ -157,15 +170,16 @@ class Ledger:
         self._going_on = self._leaving and name == "summary"
         self._leaving = name in ("rewind", "overrides") or (self._leaving and name != "summary")
 
-    def _start(self, record: Mapping[str, Any], now: float) -> None:
+    def _start(self, record: Mapping[str, Any]) -> None:
         if self._going_on and self.processes:
             cause = REWOUND if record.get("rewinds", 0) else STARTUP
-            self._seconds[cause] += max(0.0, now - self.processes[-1].seen)
             process = self.processes[-1]
+            now = process.when(record)
+            self._seconds[cause] += max(0.0, now - process.seen)
             process.anchor, process.busy, process.seen = now, 0.0, max(process.seen, now)
         else:
-            step = record.get("step", 0)
-            self.processes.append(Process(began=now, first=step, last=step, anchor=now, seen=now))
+            step, now, ticks = record.get("step", 0), record.get("time", 0.0), record.get("monotonic")
+            self.processes.append(Process(began=now, first=step, last=step, anchor=now, seen=now, ticks=ticks))
         self._first, self._leaving, self._going_on = True, False, False
 
     def _take_back(self, step: int, cause: str) -> None:

@@ -127,7 +127,8 @@ def _words(record: Mapping[str, Any]) -> str:
     """An event's own sentence, or what came with it."""
     if "why" in record:
         return str(record["why"])
-    rest = {name: value for name, value in record.items() if name not in ("kind", "event", "time", "step")}
+    known = ("kind", "event", "time", "monotonic", "step")
+    rest = {name: value for name, value in record.items() if name not in known}
     return ", ".join(f"{name} {value}" for name, value in rest.items())
 
 

@@ -18,6 +18,7 @@ import pytest
 from benchmarks import chaos
 from palmjax import model_dir
 from palmjax.checkpoint import inspect, seal
+from palmjax.report.read import read
 from tests.e2e import jobs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -54,15 +55,30 @@ def worker(launcher: subprocess.Popen[str], index: int) -> psutil.Process:
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_again_and_again_it_ends_with_the_bits_of_the_undisturbed_run(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> chaos.Job:
+    """A job whose undisturbed run is in its folder's `calm`."""
+    task = chaos.Job(tmp_path_factory.mktemp("chaos"), steps=200).prepare()
+    assert task.start(task.folder / "calm").wait(300) == 0
+    return task
+
+
+def test_killed_again_and_again_it_ends_with_the_bits_of_the_undisturbed_run(calm: chaos.Job) -> None:
     """Six SIGKILLs, in steps, saves and start-up; `python -m benchmarks.chaos` does a hundred."""
-    task = chaos.Job(tmp_path, steps=360).prepare()
-    assert task.start(tmp_path / "calm").wait(300) == 0
-    out = chaos.disturb(task, tmp_path / "disturbed", kills=6, seed=5)
+    disturbed = calm.folder / "disturbed"
+    out = chaos.disturb(calm, disturbed, kills=6, seed=5)
     assert sum(out.kills.values()) == 6 and out.lost == 0
-    equal, arrays = chaos.compare(tmp_path / "calm", tmp_path / "disturbed", 360)
+    equal, arrays = chaos.compare(calm.folder / "calm", disturbed, calm.steps)
     assert equal == arrays > 20
-    assert not [p.name for p in (tmp_path / "disturbed").glob("*checkpoint_*.*")], "leftovers of killed saves"
+    assert not [p.name for p in disturbed.glob("*checkpoint_*.*")], "leftovers of killed saves"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the clock is written in C")
+def test_a_wall_clock_that_jumps_changes_nothing_but_timestamps(calm: chaos.Job) -> None:
+    chaos.jump(calm, calm.folder / "clock")
+    equal, arrays = chaos.compare(calm.folder / "calm", calm.folder / "clock", calm.steps)
+    assert equal == arrays > 20
+    assert read(str(calm.folder / "clock")).goodput.wall < 1800, "half of what the clock was off by"
 
 
 def test_the_launcher_starts_a_killed_and_a_preempted_job_again(job: jobs.Job, tmp_path: Path) -> None:

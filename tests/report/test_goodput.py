@@ -186,6 +186,26 @@ def test_a_clock_that_jumps_back_makes_no_negative_time():
     assert found.seconds[causes.USEFUL] == pytest.approx(4.0)
 
 
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_clock_that_jumps_under_a_run_moves_no_second(jump):
+    """Amid the first of two processes, 7 s apart."""
+
+    def told(shifts: tuple[float, ...]) -> list[dict[str, Any]]:
+        records = [*first(1006.0, 1), step(1, 11.0), step(2), event("checkpoint", 1018.5, step=2), step(3)]
+        records += [event("rewind", 1020.0, to=2), event("summary", 1020.5), event("start", 1024.0, step=2, rewinds=1)]
+        records += [step(3, 2.0), event("preempted", 1026.5, step=3)]
+        records += [*first(1039.5, 4), step(4, 11.0), step(5), event("done", 1052.0, step=5)]
+        events = [record for record in records if record["kind"] == "event"]
+        for record, shift in zip(events, shifts, strict=True):
+            record |= {"time": record["time"] + shift, "monotonic": record["time"] - 900}
+        return records
+
+    calm = Ledger(told((0.0,) * 10)).goodput()
+    assert calm.seconds[causes.DOWN] == pytest.approx(7.0) and calm.wall == pytest.approx(52.0)
+    moved = Ledger(told((0.0, 0.0, *(jump,) * 8))).goodput()
+    assert moved.seconds == pytest.approx(calm.seconds)
+
+
 def test_a_run_without_a_step_or_of_an_older_palmjax_is_read(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(event("start", 1000.0, step=0)) + "\n")
