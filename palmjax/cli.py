@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from palmjax import __version__, libtpu
 from palmjax.config import ConfigError
-from palmjax.files import describe_os_error, exit_code_of
+from palmjax.files import exit_code_of, say, say_error
 
 VERBS = {
     "train": ("palmjax.train", "train a model from gin files; run again to resume"),
@@ -46,7 +46,8 @@ HELP = "\n".join(
 def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Runs a verb's main: a ConfigError is one or two lines on stderr and its exit code (2), Ctrl-C is 130.
 
-    An OSError that nobody expected is one line. Any other exception is ours and keeps its traceback.
+    An OSError that nobody expected is one line, which says where it came from; with PALMJAX_TRACEBACK=1 either is
+    behind its traceback. Any other exception is ours and keeps it.
     Modules in the working directory can be imported by gin's `import` lines; it comes last on the path, so nothing
     there shadows an installed package.
     """
@@ -56,13 +57,13 @@ def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | 
     try:
         return main(argv)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return error.exit_code
     except OSError as error:
-        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        say_error(error)
         return exit_code_of(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
 
 

@@ -1,10 +1,11 @@
 """Several processes, one job: start-up, and an end that says why when one of them is lost.
 
 Flags are T5X's. A job of several processes lives and dies as one: when a process is lost, every other one stops within
-a minute with a message and a non-zero exit code, and the restarted job goes on from the newest checkpoint. Three things
-notice a loss. A collective fails (gloo on CPU): at once, in the main thread. The coordinator's connection closes, or a
-heartbeat is missed: JAX aborts the process from a thread of its own, and in jax 0.10.2 nothing in Python runs before it
-does, so a small witness process says why.
+a minute with a message and a non-zero exit code, and the restarted job goes on from the newest checkpoint. Four things
+notice a loss. A collective fails (gloo on CPU): at once, in the main thread. A process that ends by an error leaves its
+words and its exit code with JAX's coordinator, and the others end with the same. The coordinator's connection closes,
+or a heartbeat is missed: JAX aborts the process from a thread of its own, and in jax 0.10.2 nothing in Python runs
+before it does, so a small witness process says why.
 
 jaxlib 0.10.2's coordinator measures heartbeats by the wall clock: where that jumps ahead by more than
 `HEARTBEAT_SECONDS`, it takes every process for lost, and the job ends as above. Run again, it goes on to the same bits.
@@ -21,20 +22,25 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
 from palmjax.config import ConfigError
-from palmjax.files import describe_os_error, exit_code_of
+from palmjax.files import exit_code_of, in_words, say, say_error
 
 EXIT_PEER_LOST = 69
 """Exit code of a process that stopped as another one was lost or never came (EX_UNAVAILABLE): run the job again."""
 
 HEARTBEAT_SECONDS = 30
 """A silent process is taken for lost after this long. JAX's own 100 s would keep a pod waiting for nothing."""
+
+LISTEN_SECONDS = 5.0
+"""A process asks the coordinator this often whether another one has ended by an error."""
 
 AUTO = "PALMJAX_DISTRIBUTED"
 """Set to `auto` by launchers on TPU pods and Slurm: addresses and ranks then come from the cluster's environment."""
@@ -205,6 +211,7 @@ def everywhere(problem: str) -> str:
 
 # --- the end -------------------------------------------------------------------------------------------------------
 
+_ending = threading.Event()
 _resume_from = ""
 _witness: _Witness | None = None
 
@@ -251,17 +258,20 @@ def session(options: argparse.Namespace) -> Iterator[None]:
     if not is_wanted(options):
         yield
         return
+    _ending.clear()
     # Before joining: jax 0.10.2 aborts the process if the coordinator doesn't answer in time.
     _witness = _Witness(_not_joined(options))
     try:
         _join(options)
         _witness.tell(_without_a_word())
+        listener = threading.Thread(target=_listen, args=(_witness,), name="palmjax-peers", daemon=True)
+        listener.start()
         yield
     except BaseException as error:
-        code = _report(error, _witness)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _ending.set()
+        _exit(_report(error, _witness))
+    _ending.set()
+    listener.join()
     jax.distributed.shutdown()
     _witness.tell("")
     _witness = None
@@ -270,8 +280,10 @@ def session(options: argparse.Namespace) -> Iterator[None]:
 def _report(error: BaseException, witness: _Witness) -> int:
     """Says what ended this process and returns its exit code, as `cli.run_main` does for one process."""
     if text := explain(error):
-        witness.tell(text)  # said after this process's end, so that JAX's own outcry, if it comes, comes before
-        return EXIT_PEER_LOST
+        code, why = _told() or (EXIT_PEER_LOST, "")
+        # Said after this process's end, so that JAX's own outcry, if it comes, comes before.
+        witness.tell(f"process {jax.process_index()} of {jax.process_count()} stops, as {why}" if why else text)
+        return code
     witness.tell("")
     # A client is there exactly if this process joined; before that, asking for the index would start a backend.
     joined = jax.distributed.is_initialized()
@@ -280,24 +292,70 @@ def _report(error: BaseException, witness: _Witness) -> int:
         case SystemExit():
             return error.code if isinstance(error.code, int) else int(error.code is not None)
         case KeyboardInterrupt():
-            print(f"{prefix}interrupted", file=sys.stderr)
+            say(f"{prefix}interrupted")
             return 130
         case ConfigError():
-            print(f"error: {prefix}{error}", file=sys.stderr)
-            return error.exit_code
+            code = error.exit_code
         case OSError():
-            print(f"error: {prefix}{describe_os_error(error)}", file=sys.stderr)
-            return exit_code_of(error)
-    traceback.print_exception(error)
-    return 1
+            code = exit_code_of(error)
+        case _:
+            say("".join(traceback.format_exception(error)))
+            return 1
+    say_error(error, prefix)
+    if joined:
+        _tell(code, in_words(error))
+    return code
+
+
+_ENDED = "palmjax/ended"
+"""Where JAX's coordinator keeps what the first process to end by an error has said: its exit code and words."""
+
+
+def _tell(code: int, text: str) -> None:
+    """So that the others end for this reason and with this code, where they would only miss this process."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or the coordinator is gone
+        _coordinator().key_value_set(_ENDED, f"{code} process {jax.process_index()} ended: {text}")
+
+
+def _told() -> tuple[int, str] | None:
+    """(exit code, why) of the first process that ended by an error; None if none has, or the coordinator is gone."""
+    try:
+        code, _, why = _coordinator().key_value_try_get(_ENDED).partition(" ")
+    except jax.errors.JaxRuntimeError:
+        return None
+    return int(code), why
+
+
+def _listen(witness: _Witness) -> None:
+    """In a thread: ends this process when another one has ended by an error. Its collectives may go on waiting, and
+    JAX's coordinator tells of the loss after `HEARTBEAT_SECONDS` only.
+    """
+    while not _ending.wait(LISTEN_SECONDS):
+        # The one that told may still be ending, and if this is the coordinator, JAX aborts whoever outlives it.
+        if (told := _told()) is not None and not _ending.wait(1.0):
+            code, why = told
+            witness.tell("")
+            say(f"error: process {jax.process_index()} of {jax.process_count()} stops, as {why}")
+            _exit(code)
+
+
+def _coordinator() -> Any:
+    from jax._src import distributed  # jax 0.10.2 has no public way to its key-value store
+
+    return distributed.global_state.client
 
 
 def leave(code: int) -> None:
     """Ends this process at once, from any thread; the caller has said why."""
     if _witness is not None:
         _witness.tell("")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _exit(code)
+
+
+def _exit(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

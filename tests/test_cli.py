@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import resource
@@ -81,7 +82,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2() -> None:
     assert done.returncode == 2
 
 
-def test_exit_codes(capsys) -> None:
+def test_exit_codes(capsys, monkeypatch) -> None:
     def raises(error: BaseException):
         def main(argv=None) -> int:
             raise error
@@ -92,6 +93,17 @@ def test_exit_codes(capsys) -> None:
     assert cli.run_main(raises(ConfigError("the batch does not divide"))) == 2
     assert capsys.readouterr().err == "error: the batch does not divide\n"
     assert cli.run_main(raises(KeyboardInterrupt())) == 130
+    capsys.readouterr()
+    assert cli.run_main(lambda argv: os.stat("no/such/file").st_size) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: no/such/file: No such file or directory (FileNotFoundError at test_cli.py:")
+    assert line.endswith("; PALMJAX_TRACEBACK=1 shows more)\n") and line.count("\n") == 1
+    monkeypatch.setenv("PALMJAX_TRACEBACK", "1")
+    assert cli.run_main(raises(OSError(errno.EINVAL, "Invalid argument"))) == 74
+    said = capsys.readouterr().err
+    assert "in main\n    raise error" in said and said.splitlines()[-1].startswith(
+        "error: Invalid argument (OSError at"
+    )
     with pytest.raises(ZeroDivisionError):  # ours: it keeps its traceback
         cli.run_main(raises(ZeroDivisionError()))
 
