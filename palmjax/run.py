@@ -23,6 +23,7 @@ from palmjax.data.order import Skips
 from palmjax.evaluation.heldout import HeldOut
 from palmjax.evaluation.suites import Session
 from palmjax.evaluation.tasks import Suite
+from palmjax.files import write_whole
 from palmjax.guard import Overrides, Rewind
 from palmjax.metrics import Throughput, read_metrics
 from palmjax.models.account import account, parameter_table
@@ -236,7 +237,7 @@ class Run:
         for name, text in texts.items():
             path = model_dir.as_path(self.folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            write_whole(path, text)
 
 
 def _check_batch(prog: Program, rows: int, length: int, microbatches: int) -> None:

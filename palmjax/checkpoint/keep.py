@@ -45,7 +45,7 @@ def _best(folder: Any, found: Iterable[int], metric: str, count: int, highest: b
 
 
 def delete(folder: Any, which: Sequence[int]) -> None:
-    """Deletes checkpoints. A kill in between leaves none that looks whole, and the next start clears the rest."""
+    """Deletes checkpoints. A kill in between leaves none that looks whole; a start or `prune` clears the rest."""
     for step in which:
         path = folder / f"{PREFIX}{step}"
         if isinstance(path, Path):
@@ -56,10 +56,16 @@ def delete(folder: Any, which: Sequence[int]) -> None:
 
 
 def prune(folder: str, *, keep: int, keep_every: int | None, dry_run: bool) -> tuple[list[int], list[int]]:
-    """(steps deleted, steps kept) of MODEL_DIR's whole checkpoints; with `dry_run` nothing is deleted."""
+    """(steps deleted, steps kept) of MODEL_DIR's whole checkpoints; with `dry_run` nothing is deleted.
+
+    What a deletion that was killed has left goes too. The caller holds the lock.
+    """
     path = as_path(folder)
     gone = doomed(path, SaveCheckpointConfig(keep=keep, keep_period=keep_every))
     stay = [step for step in steps(path) if step not in gone]
     if not dry_run:
+        if isinstance(path, Path):
+            for leftover in path.glob(f"{PREFIX}*{DELETING}"):
+                shutil.rmtree(leftover, ignore_errors=True)
         delete(path, gone)
     return gone, stay

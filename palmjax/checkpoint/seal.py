@@ -114,23 +114,16 @@ def write(folder: Any, process: int = 0, processes: int = 1) -> int:
     with ThreadPoolExecutor(_THREADS) as pool:
         listed = dict(pool.map(entry, [name for name in names if writer_of(name, processes) == process]))
     if process:
-        _put(folder / f"checksums.{process}.json", _encode(listed))
+        write_whole(folder / f"checksums.{process}.json", _encode(listed))
         return 0
     for other in range(1, processes):
         listed |= {name: list(entry) for name, entry in _await(folder / f"checksums.{other}.json").items()}
     if missing := [name for name in names if name not in listed]:
         raise OSError(f"no process has summed up {missing[0]}")
-    _put(folder / FILE, _encode(listed))
+    write_whole(folder / FILE, _encode(listed))
     for other in range(1, processes):
         (folder / f"checksums.{other}.json").unlink()
     return sum(size or 0 for size, _ in listed.values())
-
-
-def _put(path: Any, data: bytes) -> None:
-    if isinstance(path, Path):
-        write_whole(path, data)
-    else:  # an object is seen whole or not at all
-        path.write_bytes(data)
 
 
 def _await(path: Any) -> dict[str, tuple[int, int | None]]:

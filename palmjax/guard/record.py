@@ -90,10 +90,7 @@ def write_rewinds(model_dir: str | os.PathLike[str], rewinds: Sequence[Rewind]) 
     folder = as_path(model_dir)
     text = json.dumps(_value([dataclasses.asdict(one) for one in rewinds]), indent=1) + "\n"
     try:
-        if isinstance(folder, Path):
-            write_whole(folder / FILE, text)
-        else:  # an object is seen whole or not at all
-            (folder / FILE).write_text(text)
+        write_whole(folder / FILE, text)
     except OSError as error:
         raise ConfigError(f"{folder / FILE} can't be written: {error.strerror or error}") from error
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from palmjax import model_dir
 from palmjax.config import ConfigError, DatasetConfig
+from palmjax.files import write_whole
 from palmjax.report.page import page
 from palmjax.report.read import Run, read
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"note: without the shares of the data: {error}", file=sys.stderr)
     output = model_dir.as_path(options.output or f"{options.run}/report.html")
     try:
-        output.write_text(page(run, others), encoding="utf-8")
+        write_whole(output, page(run, others))
     except OSError as error:
         raise ConfigError(f"--output {output} can't be written: {error.strerror or error}") from error
     print(f"{output}: {run.state}, step {run.steps[-1]['step'] if run.steps else 0:,}, goodput {run.goodput.share:.1%}")

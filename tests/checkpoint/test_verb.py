@@ -6,6 +6,9 @@ import dataclasses
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -106,6 +109,25 @@ def test_prune(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert checkpoint.steps(folder) == [20, 40, 50]
     with pytest.raises(ConfigError, match=r"SaveCheckpointConfig.keep|keep = 0"):
         main(["prune", str(folder), "--keep=0"])
+
+
+def test_a_prune_that_is_killed_leaves_nothing_half_deleted_by_its_name(saved: Path, tmp_path: Path) -> None:
+    """By SIGKILL behind the first file that it has deleted; the next one finishes it."""
+    folder = copies(saved, tmp_path, 10, 20, 30)
+    program = f"""
+import os, shutil, signal
+def rmtree(path, **_):
+    os.remove(next(p for p in path.rglob("*") if p.is_file()))
+    os.kill(os.getpid(), signal.SIGKILL)
+shutil.rmtree = rmtree
+from palmjax.checkpoint.main import main
+main(["prune", {str(folder)!r}, "--keep=1"])
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode == -signal.SIGKILL
+    assert checkpoint.steps(folder) == [20, 30] and (folder / "checkpoint_10.deleting").is_dir()
+    assert main(["verify", str(folder)]) == 0
+    assert main(["prune", str(folder), "--keep=1"]) == 0
+    assert sorted(path.name for path in folder.glob("checkpoint_*")) == ["checkpoint_30"]
 
 
 def test_folders_that_hold_none(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from palmjax import cli
+from palmjax import cli, files
 from palmjax.report import goodput as causes
 from palmjax.report import page, plots
 from palmjax.report.read import Run, read
@@ -150,3 +150,19 @@ def test_the_verb_writes_the_page_and_refuses_what_is_no_run(tmp_path, capsys):
     assert "there are no metrics" in capsys.readouterr().err
     assert cli.main(["report", "--run", str(tmp_path / "run"), "--output", str(tmp_path / "no" / "a.html")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_a_report_that_is_killed_leaves_the_one_before(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """What a kill is to a test in the verb's own process."""
+
+    def kill(_: int) -> None:
+        raise Killed
+
+    stories.write(tmp_path / "run", steps=1000)
+    page = tmp_path / "run" / "report.html"
+    page.write_text("the one before")
+    monkeypatch.setattr(files.os, "fsync", kill)  # all is written then, and nothing has its name
+    with pytest.raises(Killed):
+        cli.main(["report", "--run", str(tmp_path / "run")])
+    assert page.read_text() == "the one before"
