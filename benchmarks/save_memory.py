@@ -46,7 +46,7 @@ class _Peak(threading.Thread):
         return self.peak
 
 
-def measure(kind: str, megabytes: int, arrays: int, folder: str) -> tuple[int, int, float]:
+def measure(kind: str, megabytes: int, arrays: int, host_bytes: int | None, folder: str) -> tuple[int, int, float]:
     """(bytes before, peak bytes, seconds until whole) of the second of two saves."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
@@ -80,7 +80,7 @@ def measure(kind: str, megabytes: int, arrays: int, folder: str) -> tuple[int, i
     if kind == "orbax":
         manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=1))
     else:
-        saver = Checkpointer(folder, SaveCheckpointConfig(keep=1))
+        saver = Checkpointer(folder, SaveCheckpointConfig(keep=1, host_bytes=host_bytes))
     before = peak = 0
     seconds = 0.0
     for step in (1, 2):  # the first also pays for what is allocated once
@@ -98,16 +98,16 @@ def measure(kind: str, megabytes: int, arrays: int, folder: str) -> tuple[int, i
     return before, peak, seconds
 
 
-def _child(kind: str, megabytes: int, arrays: int, folder: str, out: Any) -> None:
-    out.put(measure(kind, megabytes, arrays, folder))
+def _child(kind: str, megabytes: int, arrays: int, host_bytes: int | None, folder: str, out: Any) -> None:
+    out.put(measure(kind, megabytes, arrays, host_bytes, folder))
 
 
-def in_a_process(kind: str, megabytes: int, arrays: int) -> tuple[int, int, float]:
+def in_a_process(kind: str, megabytes: int, arrays: int, host_bytes: int | None = None) -> tuple[int, int, float]:
     """`measure` in a process of its own: what another one has allocated before is in its way."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
     with tempfile.TemporaryDirectory(prefix="save-") as folder:
-        process = context.Process(target=_child, args=(kind, megabytes, arrays, folder, out))
+        process = context.Process(target=_child, args=(kind, megabytes, arrays, host_bytes, folder, out))
         process.start()
         process.join()
         if process.exitcode:
@@ -122,10 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--megabytes", type=int, default=1024, help="of the state (1024)")
     parser.add_argument("--arrays", type=int, default=16, help="that it consists of (16)")
+    parser.add_argument("--host_megabytes", type=int, help="SaveCheckpointConfig.host_bytes (none)")
     options = parser.parse_args(argv)
     ratios = {}
+    limit = None if options.host_megabytes is None else options.host_megabytes << 20
     for kind in ("palmjax", "orbax"):
-        before, peak, seconds = in_a_process(kind, options.megabytes, options.arrays)
+        before, peak, seconds = in_a_process(kind, options.megabytes, options.arrays, limit)
         ratios[kind] = (peak - before) / (options.megabytes << 20)
         print(
             f"{kind:8} {before / 1e9:.2f} GB before, {peak / 1e9:.2f} GB at the peak: "

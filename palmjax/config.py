@@ -220,17 +220,23 @@ class KeepBest:
 class SaveCheckpointConfig:
     """When to save: `period` steps apart. The newest `keep` stay (None: all), every multiple of `keep_period`, the
     `best`, and those with a file named PINNED in their folder.
+
+    host_bytes: of host memory that a save may take at once, for the copies of whole arrays' parts; the largest array's
+    part is what it takes at least. The steps then wait until the checkpoint is whole. None: a save copies all of the
+    process's part of the state first, and the steps go on beside it.
     """
 
     period: int = 1000
     keep: int | None = 3
     keep_period: int | None = None
     best: KeepBest | None = None
+    host_bytes: int | None = None
 
     def __post_init__(self) -> None:
         require(self.period >= 1, self, "period", "1 or more")
         require(self.keep is None or self.keep >= 1, self, "keep", "1 or more, or None for all")
         require(self.keep_period is None or self.keep_period >= 1, self, "keep_period", "1 or more, or None for none")
+        require(self.host_bytes is None or self.host_bytes >= 1, self, "host_bytes", "1 or more, or None for all")
 
 
 @section

@@ -75,6 +75,10 @@ class Checkpointer:
         self._untold: Saved | None = None
         # Trained float32 hardly compresses (8 % with zstd) and compressing takes cores from the step on CPU hosts.
         arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
+        if save.host_bytes is not None:
+            from palmjax.checkpoint import bounded
+
+            arrays = bounded.arrays(save.host_bytes)
         handler = ocp.CompositeCheckpointHandler(state=arrays, info=ocp.JsonCheckpointHandler())
         with self._explained("MODEL_DIR can't be used"):
             if jax.process_index() == 0:
@@ -96,7 +100,8 @@ class Checkpointer:
         return step % self._save.period == 0
 
     def save(self, step: int, state: TrainState, info: RunInfo) -> None:
-        """Starts saving; returns when the state has been copied to the host, so that the step may donate it.
+        """Starts saving; returns when the state has been copied to the host, so that the step may donate it. With a
+        bound on the host's memory that is when the checkpoint is whole.
 
         Waits first if the previous save is still being written. A step that is already saved is left as it is.
         info: `step`, `arrays` and `digests` are filled in here. Raises SaveError if it can't begin or if the previous
@@ -120,6 +125,10 @@ class Checkpointer:
             self._orbax.save(written, args=args, force=True)
         self._writing.blocked = time.monotonic() - began
         self._writing.begin(functools.partial(self._finish, self._writing, written, final))
+        if self._save.host_bytes is not None:
+            saved = self.wait()
+            assert saved is not None
+            self._untold = dataclasses.replace(saved, blocked=saved.seconds)
 
     def _finish(self, writing: _Writing, written: Any, final: Any) -> None:
         """In a thread: waits for Orbax, whose processes end together, gives the checkpoint its name, and deletes those
@@ -261,7 +270,11 @@ class _BackgroundLog(logging.Filter):
         self.failure: BaseException | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if "orbax" not in record.pathname or not record.exc_info:
+        if "orbax" not in record.pathname:
+            return True
+        if "No prioritized params found" in str(record.msg):  # that is what a bound on the host's memory means
+            return False
+        if not record.exc_info:
             return True
         if "background save" in record.getMessage():
             self.failure = record.exc_info[1]

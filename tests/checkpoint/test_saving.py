@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,24 @@ def test_the_step_may_donate_the_state_while_it_is_written(tmp_path: Path) -> No
     for i in range(1, 5):
         back = checkpoint.restore_state(tmp_path / f"checkpoint_{i}", like)
         assert set(np.unique(back.params["w"])) == {(i - 1) * 6 + 1.0}
+
+
+def test_with_a_bound_on_the_hosts_memory_the_steps_wait_until_the_checkpoint_is_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bound below every array: one at a time, and what comes back is what was saved."""
+    state = make_state(mesh(2, 2))
+    back_as = abstract(state)
+    with Checkpointer(str(tmp_path), SaveCheckpointConfig(host_bytes=1)) as saver, caplog.at_level("INFO", "absl"):
+        for step in (1, 2):
+            saver.save(step, state, info())
+            assert saver.latest() == step, "else a step could write over what is still to be copied"
+            saved = saver.check()
+            assert saved is not None and saved.step == step and saved.blocked == saved.seconds > 0
+            assert saver.check() is None
+    copied = re.findall(r"Scheduling (?:D2H|serialization) of (\d+) ", caplog.text)
+    assert copied == ["1"] * 2 * len(jax.tree.leaves(state)), "each by itself, in Orbax's own words"
+    assert_same_bits(state, checkpoint.restore_state(tmp_path, back_as))
 
 
 def test_info_comes_back_equal(tmp_path: Path) -> None:
