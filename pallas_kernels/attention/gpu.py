@@ -9,19 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import gpu_backward, gpu_forward, merge
-from pallas_kernels.attention.gpu_plan import (
-    COMPUTE,
-    LOG2E,
-    NOTHING,
-    ROWS,
-    SEEN,
-    Plan,
-    Tuning,
-    key_bounds,
-    parts_of,
-    row_bounds,
-)
+from pallas_kernels.attention import gpu_backward, gpu_forward, gpu_tile, merge
+from pallas_kernels.attention.gpu_plan import COMPUTE, ROWS, Plan, Tuning, key_bounds, parts_of, row_bounds
+from pallas_kernels.attention.gpu_rows import Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,17 +50,9 @@ def attention(
         alibi=alibi_slopes is not None,
         ranged=ranged,
         tuning=tuning,
-        interpret=_params(interpret),
+        interpret=gpu_tile.interpreter(interpret),
     )
     return _attention(static, q, k, v, first, stop, alibi_slopes, jnp.asarray(offset, jnp.int32))
-
-
-def _params(interpret: Any) -> Any:
-    if interpret is not True:
-        return interpret
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not public as of jax 0.11
-
-    return InterpretGPUParams()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,7 +68,7 @@ def _attention_fwd(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: An
 def _forward(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
     ring = static.tuning.forward
     pack = _Packing(q, k, static, COMPUTE * ROWS, ring.keys)
-    numbers = pack.numbers(first, stop, slopes, offset)
+    numbers = pack.of_rows(first, stop, slopes, offset)
     table = key_bounds(*pack.ranges(first, stop), pack.block, ring.keys, pack.padded_keys)
     out, lse = gpu_forward.forward(
         pack.plan, ring, table, numbers, pack.rows(q), pack.keys(k), pack.keys(v), interpret=static.interpret
@@ -108,7 +90,7 @@ def _dq(static: _Static, q: Any, do: Any, k: Any, v: Any, first: Any, stop: Any,
     pack = _Packing(q, k, static, COMPUTE * ROWS, ring.keys)
     table = key_bounds(*pack.ranges(first, stop), pack.block, ring.keys, pack.padded_keys)
     operands = (pack.rows(q), pack.rows(do), pack.keys(k), pack.keys(v))
-    numbers = pack.numbers(first, stop, *rest)
+    numbers = pack.of_rows(first, stop, *rest)
     dq = gpu_backward.dq(pack.plan, ring, table, numbers, *operands, interpret=static.interpret)
     return pack.from_rows(dq)
 
@@ -119,7 +101,7 @@ def _dkv(static: _Static, q: Any, do: Any, k: Any, v: Any, first: Any, stop: Any
     parts = parts_of(pack.N * pack.padded_keys // ROWS, pack.R // stream.queries)
     table = row_bounds(*pack.ranges(first, stop), stream.queries, ROWS, pack.padded_keys, parts)
     operands = (pack.rows(q), pack.rows(do), pack.keys(k), pack.keys(v))
-    numbers = pack.numbers(first, stop, *rest)
+    numbers = pack.of_rows(first, stop, *rest)
     found = gpu_backward.dkv(pack.plan, stream, table, numbers, *operands, interpret=static.interpret)
     return tuple(pack.from_keys(jnp.sum(x, axis=1) if parts > 1 else x[:, 0]).astype(k.dtype) for x in found)
 
@@ -127,39 +109,24 @@ def _dkv(static: _Static, q: Any, do: Any, k: Any, v: Any, first: Any, stop: Any
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-class _Packing:
-    """[B, T, H, D] and [B, S, K, D] to the kernels' [N, R, D] and [N, S, D] and back, padded to whole blocks.
-
-    N = B K sequences, R = T G rows.
-    """
+class _Packing(Rows):
+    """`Rows` in whole blocks of `rows`, and keys and values [B, S, K, D] as [N, S, D] in whole tiles."""
 
     def __init__(self, q: jax.Array, k: jax.Array, static: _Static, rows: int, tile: int):
-        self.B, self.T, self.H, self.D = q.shape
-        self.S, self.K = k.shape[1:3]
-        self.N, self.G = self.B * self.K, self.H // self.K
-        self.R = -(-self.T * self.G // rows) * rows
+        width = next(size for size in (64, 128, 256) if size >= q.shape[3])
+        super().__init__(q.shape, k.shape[2], rows, width)
+        self.S = k.shape[1]
         self.padded_keys = -(-self.S // tile) * tile
-        self.width = next(size for size in (64, 128, 256) if size >= self.D)
-        self.static = static
+        self.ranged = static.ranged
         self.block = rows
         self.plan = Plan(
-            width=self.width,
+            width=width,
             scale=static.scale,
             soft_cap=static.soft_cap,
             alibi=static.alibi,
             ranged=static.ranged,
             interpret=bool(static.interpret),
         )
-
-    def rows(self, x: jax.Array) -> jax.Array:
-        """[B, T, H, D] to [N, R, D]."""
-        x = x.reshape(self.B, self.T, self.K, self.G, self.D)
-        x = jnp.swapaxes(x, 1, 2).reshape(self.N, self.T * self.G, self.D)
-        return jnp.pad(x, ((0, 0), (0, self.R - self.T * self.G), (0, self.width - self.D)))
-
-    def from_rows(self, x: jax.Array) -> jax.Array:
-        x = x[:, : self.T * self.G, : self.D].reshape(self.B, self.K, self.T, self.G, self.D)
-        return jnp.swapaxes(x, 1, 2).reshape(self.B, self.T, self.H, self.D)
 
     def keys(self, x: jax.Array) -> jax.Array:
         """[B, S, K, D] to [N, S, D]."""
@@ -169,35 +136,7 @@ class _Packing:
     def from_keys(self, x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x[:, : self.S, : self.D].reshape(self.B, self.K, self.S, self.D), 1, 2)
 
-    def per_row(self, x: jax.Array, filler: Any) -> jax.Array:
-        """[B, T, H] (or what broadcasts to it) to [N, R]."""
-        x = jnp.broadcast_to(x, (self.B, self.T, self.H)).reshape(self.B, self.T, self.K, self.G)
-        x = jnp.swapaxes(x, 1, 2).reshape(self.N, self.T * self.G)
-        return jnp.pad(x, ((0, 0), (0, self.R - self.T * self.G)), constant_values=filler)
-
-    def from_numbers(self, x: jax.Array) -> jax.Array:
-        """[N, R] to [B, T, H]."""
-        x = x[:, : self.T * self.G].reshape(self.B, self.K, self.T, self.G)
-        return jnp.swapaxes(x, 1, 2).reshape(self.B, self.T, self.H)
-
-    def numbers(
-        self, first: Any, stop: Any, slopes: Any, offset: Any, lse: Any = None, delta: Any = None
-    ) -> dict[str, jax.Array]:
-        """What the kernels must know of rows, [N, R] each."""
-        found = {"stop": self.per_row(stop[:, :, None], 0)}
-        if self.static.ranged:
-            found["first"] = self.per_row(first[:, :, None], 0)
-        if slopes is not None:
-            index = jnp.arange(self.T, dtype=jnp.int32) + offset
-            found |= {"index": self.per_row(index[None, :, None], 0), "slope": self.per_row(slopes * LOG2E, 0.0)}
-        if lse is not None:
-            # Of a row that saw nothing too.
-            lse = jnp.where(lse > SEEN, lse * LOG2E, NOTHING)
-            found |= {"lse": self.per_row(lse, NOTHING), "delta": self.per_row(delta, 0.0)}
-        return found
-
-    def ranges(self, first: Any, stop: Any) -> tuple[jax.Array, jax.Array]:
-        """[N, R] of both, where padding rows are like the last one, so that they cut no tile."""
-        pad = ((0, 0), (0, self.R - self.T * self.G))
-        first, stop = (self.per_row(x[:, :, None], 0)[:, : self.T * self.G] for x in (first, stop))
-        return jnp.pad(first, pad, mode="edge"), jnp.pad(stop, pad, mode="edge")
+    def of_rows(self, first: Any, stop: Any, slopes: Any, offset: Any, *kept: Any) -> dict[str, jax.Array]:
+        """`numbers` of whole rows, whose query 0 is key `offset`."""
+        index = (jnp.arange(self.T, dtype=jnp.int32) + offset)[None]
+        return self.numbers(first if self.ranged else None, stop, index, slopes, *kept)

@@ -217,7 +217,7 @@ def _weights_and_dv(
         [products] = gpu_tile.products(plan, (of.k_smem.at[0], of.q_tiles.at[slot]))
         numbers = gpu_tile.numbers(plan, names, of.number_tiles.at[slot], COLUMN)
         plgpu.barrier_arrive(of.q_empty.at[slot])
-        key = functools.partial(gpu_tile.keys_as_rows, plan, first_key, products.shape)
+        key = functools.partial(gpu_tile.counted, plan, first_key, products.shape, 0)
         weights, factor = _weights(plan, products, key, masked, numbers, COLUMN)
 
         @pl.when(index > begin)

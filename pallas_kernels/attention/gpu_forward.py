@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import gpu_tile, reference
-from pallas_kernels.attention.gpu_plan import COMPUTE, FLOOR, LN2, ROWS, Plan, Ring
-from pallas_kernels.attention.gpu_tile import MATRIX, ROW
+from pallas_kernels.attention import gpu_tile
+from pallas_kernels.attention.gpu_plan import COMPUTE, ROWS, Plan, Ring
+from pallas_kernels.attention.gpu_tile import ROW
 
 NAME = "palmjax_attention_forward"
 
@@ -62,40 +62,25 @@ def _kernel(
         numbers = gpu_tile.numbers(plan, names, numbers_ref.at[sequence, :, rows], ROW)
         plgpu.barrier_wait(q_full.at[warpgroup])
 
-        def tile(index: Any, masked: bool, so_far: tuple) -> tuple:
-            top, total, values = so_far
+        def tile(index: Any, masked: bool, so_far: gpu_tile.Sums) -> gpu_tile.Sums:
             slot = jax.lax.rem(2 * (index - begin), slots)
             plgpu.barrier_wait(tile_full.at[slot])
             [products] = gpu_tile.products(plan, (mine, tiles.at[slot]))
             plgpu.barrier_arrive(tile_empty.at[slot])
             key = functools.partial(gpu_tile.keys_as_columns, plan, places_ref, index * ring.keys, products.shape)
             z, _ = gpu_tile.scores(plan, products, key, masked, numbers, ROW)
-            new = jnp.maximum(top, jnp.max(z, axis=1))
-            weights = jnp.exp2(z * plan.unit - gpu_tile.over(new * plan.unit, z.shape, ROW))
-            keep = jnp.exp2((top - new) * plan.unit)
-            total = total * keep + jnp.sum(weights, axis=1)
-            values = values * gpu_tile.over(keep, values.shape, ROW)
+            weights, (top, total, values) = gpu_tile.weigh(plan, z, so_far)
             slot = jax.lax.rem(2 * (index - begin) + 1, slots)
             plgpu.barrier_wait(tile_full.at[slot])
             values = gpu_tile.add_product(plan, values, weights.astype(v_ref.dtype), tiles.at[slot])
             plgpu.barrier_arrive(tile_empty.at[slot])
-            return new, total, values
+            return top, total, values
 
-        top, total, values = gpu_tile.for_tiles(
-            bounds,
-            tile,
-            (
-                gpu_tile.full(plan, (ROWS,), FLOOR, ROW),
-                gpu_tile.full(plan, (ROWS,), 0.0, ROW),
-                gpu_tile.full(plan, (ROWS, plan.width), 0.0, MATRIX),
-            ),
-            plan.ranged,
-        )
-        some = total > 0.0
-        total = jnp.where(some, total, 1.0)
+        top, total, values = gpu_tile.for_tiles(bounds, tile, gpu_tile.no_sums(plan), plan.ranged)
+        share, lse = gpu_tile.finish(plan, top, total)
         # Nobody reads these rows of q any more.
-        mine[...] = (values * gpu_tile.over(1.0 / total, values.shape, ROW)).astype(out_ref.dtype)
-        lse_smem[warpgroup] = jnp.where(some, top * (plan.unit * LN2) + jnp.log(total), reference.EMPTY)
+        mine[...] = (values * gpu_tile.over(share, values.shape, ROW)).astype(out_ref.dtype)
+        lse_smem[warpgroup] = lse
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(mine, out_ref.at[sequence, rows])
         plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[sequence, rows])

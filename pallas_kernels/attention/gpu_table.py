@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from pallas_kernels.attention.case import Case
 from pallas_kernels.attention.gpu_plan import Ring, Stream, Tuning
 from pallas_kernels.attention.table import FOLDER
 
+T = TypeVar("T")
+
 DTYPES = ("bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """Block sizes for one head dimension on one chip.
+class Row(Generic[T]):
+    """Block sizes for one head dimension on one chip, of any op.
 
     chip: begin of the device kinds, as jax names them. source: "compiled" has been shown to compile for sm_90a with no
     register spilled, "measured" has run and was timed on the chip. provenance: versions and date.
@@ -24,7 +28,7 @@ class Row:
 
     chip: str
     head_dim: int
-    tuning: Tuning
+    tuning: T
     source: str
     provenance: dict[str, str]
 
@@ -34,28 +38,42 @@ class Row:
         return "compiled for sm_90a, not timed" if self.source == "compiled" else self.source
 
 
-def _row(entry: dict[str, Any]) -> Row:
-    tuning = entry["tuning"]
-    of = Tuning(forward=Ring(**tuning["forward"]), dq=Ring(**tuning["dq"]), dkv=Stream(**tuning["dkv"]))
-    return Row(**{**entry, "tuning": of})
+def read(folder: Path, tuning: Callable[[dict[str, Any]], T]) -> tuple[Row[T], ...]:
+    """All rows of a folder's files."""
+    paths = sorted(folder.glob("nvidia_*.json"))
+    return tuple(
+        Row(**{**entry, "tuning": tuning(entry["tuning"])}) for path in paths for entry in json.loads(path.read_text())
+    )
+
+
+def nearest(rows: Iterable[Row[T]], head_dim: int, chip: str | None) -> Row[T] | None:
+    """The row with the least head dimension that holds `head_dim`, or None."""
+    fits = [row for row in rows if chip is not None and chip.startswith(row.chip) and row.head_dim >= head_dim]
+    return min(fits, key=lambda row: row.head_dim, default=None)
+
+
+def unknown(rows: Iterable[Row[Any]], chip: str | None) -> list[str]:
+    """The reason for which no row is for `chip`, if none is."""
+    chips = sorted({row.chip for row in rows})
+    if chip is not None and any(chip.startswith(name) for name in chips):
+        return []
+    return [f"chip {chip!r}: the table has {', '.join(chips)}"]
+
+
+def as_tuning(entry: dict[str, Any]) -> Tuning:
+    """A Tuning from its JSON form."""
+    return Tuning(forward=Ring(**entry["forward"]), dq=Ring(**entry["dq"]), dkv=Stream(**entry["dkv"]))
 
 
 @functools.cache
-def rows() -> tuple[Row, ...]:
+def rows() -> tuple[Row[Tuning], ...]:
     """All rows of all files."""
-    paths = sorted(FOLDER.glob("nvidia_*.json"))
-    return tuple(_row(entry) for path in paths for entry in json.loads(path.read_text()))
+    return read(FOLDER, as_tuning)
 
 
-def chips() -> list[str]:
-    """Begins of device kinds that have rows."""
-    return sorted({row.chip for row in rows()})
-
-
-def find(case: Case, chip: str | None) -> Row | None:
-    """The row with the least head dimension that holds the case's, or None."""
-    fits = [row for row in rows() if chip is not None and chip.startswith(row.chip) and row.head_dim >= case.head_dim]
-    return min(fits, key=lambda row: row.head_dim, default=None)
+def find(case: Case, chip: str | None) -> Row[Tuning] | None:
+    """The row for `case`, or None."""
+    return nearest(rows(), case.head_dim, chip)
 
 
 def refusals(case: Case, chip: str | None) -> list[str]:
@@ -63,15 +81,14 @@ def refusals(case: Case, chip: str | None) -> list[str]:
     reasons = [] if not case.bias else ["no dense bias; ALiBi is computed in the kernel from its slopes"]
     if case.dtype not in DTYPES:
         reasons.append(f"{case.dtype}: it has {' and '.join(DTYPES)}")
-    if chip is None or not any(chip.startswith(name) for name in chips()):
-        reasons.append(f"chip {chip!r}: the table has {', '.join(chips())}")
+    reasons += unknown(rows(), chip)
     widest = max(row.head_dim for row in rows())
     if case.head_dim > widest:
         reasons.append(f"head_dim {case.head_dim}: at most {widest}")
     return reasons
 
 
-def program(chip: str, head_dim: int, everything: bool) -> tuple[Any, list[Any]]:
+def program(chip: str, head_dim: int, everything: bool, dtype: str = "bfloat16") -> tuple[Any, list[Any]]:
     """The gradient of `attention(impl="gpu")` and operands: 2048 tokens, 16 query heads, one key/value head, causal.
 
     everything: with segments, a window, ALiBi and a soft-cap, which is what takes most registers.
@@ -91,5 +108,5 @@ def program(chip: str, head_dim: int, everything: bool) -> tuple[Any, list[Any]]
         return out, backward(do)
 
     q, kv = (1, 2048, 16, head_dim), (1, 2048, 1, head_dim)
-    operands = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in (q, kv, kv, q)]
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in (q, kv, kv, q)]
     return gradient, [*operands, jax.ShapeDtypeStruct((1, 2048), "int32")]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_plan import COMPUTE, LOG2E, MASKED, Plan, Ring
+from pallas_kernels.attention import reference
+from pallas_kernels.attention.gpu_plan import COMPUTE, FLOOR, LN2, LOG2E, MASKED, ROWS, Plan, Ring
 
 MATRIX = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -23,6 +24,9 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)
 """A number for each column of a matrix."""
 
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+Sums = tuple[jax.Array, jax.Array, jax.Array]
+"""Online softmax of a warpgroup's rows: largest score, sum of weights, weighted values [ROWS, D]."""
 
 REALS = ("slope", "lse", "delta")
 """Numbers of queries that are float32; the others are int32: "stop", "first", "index"."""
@@ -115,10 +119,33 @@ def keys_as_columns(plan: Plan, places_ref: Any, start: Any, shape: tuple[int, .
     return over(found, shape, COLUMN)
 
 
-def keys_as_rows(plan: Plan, start: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Numbers of the keys from `start` on, for a matrix [keys, queries]."""
-    places = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+def counted(plan: Plan, start: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Numbers of the keys from `start` on along `axis` of a matrix, made in registers."""
+    places = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     return (places if plan.interpret else plgpu.layout_cast(places, MATRIX)) + start
+
+
+def weigh(plan: Plan, z: jax.Array, so_far: Sums) -> tuple[jax.Array, Sums]:
+    """Weights of a tile's scores [queries, keys], and the sums with all but its values added (Milakov and Gimelshein
+    2018).
+    """
+    top, total, values = so_far
+    new = jnp.maximum(top, jnp.max(z, axis=1))
+    weights = jnp.exp2(z * plan.unit - over(new * plan.unit, z.shape, ROW))
+    keep = jnp.exp2((top - new) * plan.unit)
+    return weights, (new, total * keep + jnp.sum(weights, axis=1), values * over(keep, values.shape, ROW))
+
+
+def no_sums(plan: Plan) -> Sums:
+    """Of a warpgroup's rows before the first tile."""
+    return full(plan, (ROWS,), FLOOR, ROW), full(plan, (ROWS,), 0.0, ROW), full(plan, (ROWS, plan.width), 0.0, MATRIX)
+
+
+def finish(plan: Plan, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(what all values are multiplied with, log-sum-exp) of each row; where it saw nothing, (1, EMPTY)."""
+    some = total > 0.0
+    total = jnp.where(some, total, 1.0)
+    return 1.0 / total, jnp.where(some, top * (plan.unit * LN2) + jnp.log(total), reference.EMPTY)
 
 
 def for_tiles(bounds: Any, tile: Any, carry: Any, ranged: bool) -> Any:
@@ -179,13 +206,27 @@ def stacked(of_rows: dict[str, jax.Array]) -> jax.Array:
     return jnp.stack(bits, axis=1)
 
 
+def vector(plan: Plan, ref: Any, index: Any, layout: Any) -> jax.Array:
+    """A row [n] of a [F, n] of any memory, a number for each row or column of a matrix."""
+    return ref[index] if plan.interpret else plgpu.load(ref, (index,), layout=layout, optimized=False)
+
+
 def numbers(plan: Plan, names: tuple[str, ...], ref: Any, layout: Any) -> dict[str, jax.Array]:
     """By name, the numbers of queries in a [F, n] of any memory."""
     found = {}
     for index, name in enumerate(names):
-        bits = ref[index] if plan.interpret else plgpu.load(ref, (index,), layout=layout, optimized=False)
+        bits = vector(plan, ref, index, layout)
         found[name] = jax.lax.bitcast_convert_type(bits, jnp.float32) if name in REALS else bits
     return found
+
+
+def interpreter(interpret: Any) -> Any:
+    """`InterpretGPUParams`, of which True means the defaults; False compiles for a GPU."""
+    if interpret is not True:
+        return interpret
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not public as of jax 0.11
+
+    return InterpretGPUParams()
 
 
 def launch(name: str, grid: tuple[int, ...], grid_names: tuple[str, ...], interpret: Any) -> dict[str, Any]:
@@ -197,5 +238,10 @@ def launch(name: str, grid: tuple[int, ...], grid_names: tuple[str, ...], interp
         thread_name="warpgroup",
         interpret=interpret or None,
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # Along rows of `wgmma`'s layout, the only ones here, a warp has all that it adds up.
+            reduction_scratch_bytes=0,
+        ),
     )

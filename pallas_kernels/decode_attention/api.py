@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention import gpu_table
 from pallas_kernels.attention.masks import Mask
 from pallas_kernels.decode_attention import reference, tpu, xla
-from pallas_kernels.decode_attention.choice import Case, choose
+from pallas_kernels.decode_attention.case import Case
+from pallas_kernels.decode_attention.choice import Row, choose
 
 
 def explain(impl: str, case: Case, chip: str | None = None) -> str:
@@ -75,8 +77,12 @@ def decode_attention(
     choice = choose(impl, case, chip)
     shared: dict[str, Any] = dict(mask=mask, scale=D**-0.5 if scale is None else scale, prefix=prefix, pages=pages)
     shared |= dict(alibi_slopes=alibi_slopes, soft_cap=soft_cap)
-    if choice.name == "tpu":
-        assert choice.row is not None
+    if isinstance(choice.row, gpu_table.Row):
+        from pallas_kernels.decode_attention import gpu  # Mosaic GPU is loaded where it is used
+
+        tuning = choice.row.tuning
+        return gpu.decode_attention(q, k, v, positions, layer, tuning=tuning, interpret=interpret, **shared)
+    if isinstance(choice.row, Row):
         sizes = {"size": choice.row.size, "cores": choice.row.cores}
         return tpu.decode_attention(q, k, v, positions, layer, **sizes, interpret=interpret, **shared)
     run = xla.decode_attention if choice.name == "xla" else reference.decode_attention

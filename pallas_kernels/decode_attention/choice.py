@@ -8,47 +8,16 @@ import json
 from pathlib import Path
 
 from pallas_kernels.attention.tpu_plan import LANES
+from pallas_kernels.decode_attention import gpu_table
+from pallas_kernels.decode_attention.case import MOST_ROWS, Case
 
-NAMES = ("tpu", "xla", "reference")
-"""tpu: Mosaic. xla: block by block up to the last filled entry. reference: scores against every entry."""
+NAMES = ("tpu", "gpu", "xla", "reference")
+"""tpu, gpu: Mosaic. xla: block by block up to the last filled entry. reference: scores against every entry."""
 
 TABLE = Path(__file__).parent / "tuned.json"
 
-MOST_ROWS = 256
-"""Queries times heads that the TPU kernel holds: more is a prompt, and no longer bound by the cache."""
-
 TILE = 8
 """Rows of a tile in memory."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """Shapes of one device's part: B rows of Q new tokens, H query heads, K key/value heads, S entries of a cache.
-
-    page: entries of a page where the cache is paged. bias: whether one is given.
-    """
-
-    rows: int
-    queries: int
-    heads: int
-    kv_heads: int
-    entries: int
-    head_dim: int
-    dtype: str
-    cache_dtype: str
-    page: int | None = None
-    bias: bool = False
-
-    def __str__(self) -> str:
-        extras = [f"pages of {self.page}"] if self.page else []
-        extras += ["bias"] if self.bias else []
-        return ", ".join(
-            [
-                f"q [{self.rows},{self.queries},{self.heads},{self.head_dim}] {self.dtype}",
-                f"{self.entries} entries of {self.kv_heads} heads {self.cache_dtype}",
-                *extras,
-            ]
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +42,7 @@ class Choice:
 
     name: str
     reason: str
-    row: Row | None = None
+    row: Row | gpu_table.Row | None = None
 
 
 @functools.cache
@@ -90,6 +59,8 @@ def find(case: Case, chip: str | None) -> Row | None:
 
 def refusals(impl: str, case: Case, chip: str | None) -> list[str]:
     """Every reason for which `impl` cannot do `case` on `chip`."""
+    if impl == "gpu":
+        return gpu_table.refusals(case, chip)
     if impl != "tpu":
         return []
     reasons = ["no dense bias; ALiBi is computed in the kernel from its slopes"] if case.bias else []
@@ -126,11 +97,29 @@ def choose(impl: str, case: Case, chip: str | None) -> Choice:
                 f"decode_attention: {impl} cannot do {case} on {chip or 'cpu'}: {'; '.join(reasons)}. "
                 f"Could: {', '.join(could)}"
             )
+        if impl == "gpu":
+            found = gpu_table.find(case, chip)
+            assert found is not None
+            return Choice(impl, f"named; block sizes of the row for head_dim {found.head_dim}, {found.found}", found)
         return Choice(impl, "named", find(case, chip) if impl == "tpu" else None)
     if chip is None or not chip.startswith("TPU"):
-        return Choice("xla", f"on {chip or 'cpu'}")
+        return _auto_elsewhere(case, chip)
     if reasons := refusals("tpu", case, chip):
         return Choice("xla", f"not tpu: {'; '.join(reasons)}")
     row = find(case, chip)
     assert row is not None
     return Choice("tpu", f"{chip}; blocks of {row.size} entries, {row.source}", row)
+
+
+def _auto_elsewhere(case: Case, chip: str | None) -> Choice:
+    where = f"on {chip or 'cpu'}"
+    if chip is None or not chip.startswith("NVIDIA"):
+        return Choice("xla", where)
+    if reasons := gpu_table.refusals(case, chip):
+        return Choice("xla", f"{where}; not gpu: {'; '.join(reasons)}")
+    row = gpu_table.find(case, chip)
+    assert row is not None
+    if row.source == "measured":
+        return Choice("gpu", f"{chip}; block sizes of the row for head_dim {row.head_dim}, measured", row)
+    # As attention: what has never run on the hardware runs there when it is named.
+    return Choice("xla", f"{where}; gpu, which could, is {row.found}")

@@ -132,3 +132,35 @@ def check(example: Example, function: Any, dtype: Any = np.float32, tolerance: f
             # Where one key takes all the weight, dP - delta cancels and leaves float32's rounding of terms of size ten.
             allowed = tolerance if name in ("out", "lse") else 3 * tolerance
             assert error < allowed, f"{name}: {error:.1e} of {example}"
+
+
+def naive_decode(q: Any, k: Any, v: Any, positions: Any, window: int | None) -> np.ndarray:
+    """Float64, one query and head at a time, over [B, S, K, D] caches."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        last = min(positions[b, t], k.shape[1] - 1)
+        first = 0 if window is None else max(positions[b, t] - window + 1, 0)
+        source = h * k.shape[2] // q.shape[2]
+        if first <= last:
+            scores = k[b, first : last + 1, source] @ q[b, t, h] / np.sqrt(q.shape[3])
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights / weights.sum() @ v[b, first : last + 1, source]
+    return out
+
+
+def random_cache(
+    rng: Any,
+    *,
+    queries: int,
+    length: int,
+    kv_heads: int = 1,
+    layers: int = 3,
+    rows: int = 2,
+    heads: int = 4,
+    width: int = 8,
+) -> tuple[Any, Any, Any]:
+    """q [B, Q, H, D], and k and v of all layers, [L, B, S, K, D]."""
+    q = rng.standard_normal((rows, queries, heads, width), np.float32)
+    k, v = rng.standard_normal((2, layers, rows, length, kv_heads, width), np.float32)
+    return q, k, v

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax._src import core as jax_core
-from jax._src.pallas.mosaic.interpret import thread_map
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels import aot_gpu
@@ -29,26 +25,14 @@ from pallas_kernels.attention.gpu_plan import Ring, Stream, Tuning, key_bounds, 
 from pallas_kernels.attention.masks import ranges
 from pallas_kernels.attention.reference import EMPTY
 from tests.kernels.cases import Example, check, gradients
+from tests.kernels.interpreted_gpu import detectors, one_compilation_a_kernel
 
 SMALL = Tuning(forward=Ring(keys=16, slots=3), dq=Ring(keys=16, slots=3), dkv=Stream(queries=32, stages=2))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_compilation_a_kernel() -> Iterator[None]:
-    """jax 0.10.2's interpreter compiles a kernel again for every warpgroup of every block: nine tenths of its time."""
-    programs: dict[int, Any] = {}
-    lock = threading.Lock()
-
-    def run(jaxpr: Any, consts: Any, *args: Any) -> None:
-        with lock:
-            if id(jaxpr) not in programs:
-                program = jax.jit(lambda consts, *args: jax_core.eval_jaxpr(jaxpr, consts, *args) and None)
-                # The jaxpr is kept too: its id must not become another's.
-                programs[id(jaxpr)] = program.lower(consts, *args).compile(), jaxpr
-        programs[id(jaxpr)][0](consts, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thread_map, "_run_jaxpr", run)
+    with one_compilation_a_kernel():
         yield
 
 
@@ -96,19 +80,12 @@ def test_the_op_runs_the_table_s_block_sizes_in_bfloat16():
 
 def test_warpgroups_race_for_nothing_and_read_nothing_unwritten(monkeypatch):
     """With NaN in scratch and outputs until they are written. Each kernel has a detector of its own."""
-    detectors: list[Any] = []
-    make: Any = gpu_callbacks.RaceDetectionState  # pyright: ignore[reportPrivateImportUsage]
-
-    def recorded(**given: Any) -> Any:
-        detectors.append(make(**given))
-        return detectors[-1]
-
-    monkeypatch.setattr(gpu_callbacks, "RaceDetectionState", recorded)
+    found = detectors(monkeypatch)
     example = Example(length=53, heads=5, kv_heads=1, width=16, rows=1, cuts=(20,))
     params = InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     check(example, kernels(example, interpret=params))
-    assert len(detectors) == 3
-    assert not any(detector.races_found for detector in detectors)
+    assert len(found) == 3
+    assert not any(detector.races_found for detector in found)
 
 
 def test_the_future_changes_nothing_and_two_runs_are_the_same_bits():
@@ -215,12 +192,13 @@ PROGRAMS = {(row.head_dim, row.tuning): row for row in gpu_table.rows()}
 
 @pytest.mark.slow
 @pytest.mark.skipif(aot_gpu.compiler() is None, reason="no CUDA compiler: `make test` puts it into .venv/gpu-compiler")
-@pytest.mark.parametrize("everything", [False, True], ids=["causal", "everything"])
+@pytest.mark.parametrize(
+    ("everything", "dtype"), [(False, "bfloat16"), (True, "float16")], ids=["causal", "everything-float16"]
+)
 @pytest.mark.parametrize("row", PROGRAMS.values(), ids=lambda row: f"{row.chip}-{row.head_dim}")
-def test_every_tuned_row_is_assembled_for_hopper_without_a_spill(row, everything):
-    found = aot_gpu.assemblies(
-        "pallas_kernels.attention.gpu_table:program", chip=row.chip, head_dim=row.head_dim, everything=everything
-    )
+def test_every_tuned_row_is_assembled_for_hopper_without_a_spill(row, everything, dtype):
+    given = dict(chip=row.chip, head_dim=row.head_dim, everything=everything, dtype=dtype)
+    found = aot_gpu.assemblies("pallas_kernels.attention.gpu_table:program", **given)
     assert set(found) == {gpu_forward.NAME, gpu_backward.DQ, gpu_backward.DKV}
     for name, assembly in found.items():
         assert assembly.spill_stores == assembly.spill_loads == 0, name

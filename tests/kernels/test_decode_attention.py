@@ -20,27 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import aot
 from pallas_kernels.attention import Mask
 from pallas_kernels.decode_attention import Case, decode_attention, explain, tpu, xla
-
-
-def naive(q, k, v, positions, window):
-    """Float64, one query and head at a time, over [B, S, K, D] caches."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros(q.shape)
-    for b, t, h in np.ndindex(*q.shape[:3]):
-        last = min(positions[b, t], k.shape[1] - 1)
-        first = 0 if window is None else max(positions[b, t] - window + 1, 0)
-        source = h * k.shape[2] // q.shape[2]
-        if first <= last:
-            scores = k[b, first : last + 1, source] @ q[b, t, h] / np.sqrt(q.shape[3])
-            weights = np.exp(scores - scores.max())
-            out[b, t, h] = weights / weights.sum() @ v[b, first : last + 1, source]
-    return out
-
-
-def random_case(rng, *, queries, length, kv_heads=1, layers=3, rows=2, heads=4, width=8) -> tuple[Any, Any, Any]:
-    q = rng.standard_normal((rows, queries, heads, width), np.float32)
-    k, v = rng.standard_normal((2, layers, rows, length, kv_heads, width), np.float32)
-    return q, k, v
+from tests.kernels.cases import naive_decode, random_cache
 
 
 @pytest.mark.parametrize(
@@ -58,28 +38,28 @@ def test_blocks_of_any_size_give_the_sum_over_what_is_seen(length, queries, bloc
     rng = np.random.default_rng(0)
     op = jax.jit(functools.partial(xla.decode_attention, mask=Mask(window=window), scale=8**-0.5, block=block))
     for layer in (0, 2, 1):
-        q, k, v = random_case(rng, queries=queries, length=length, kv_heads=kv_heads)
+        q, k, v = random_cache(rng, queries=queries, length=length, kv_heads=kv_heads)
         # Rows stand at different places; a position beyond the cache is a padded query, which may see all of it.
         positions = rng.integers(0, length + 1, (2, queries)).astype(np.int32)
-        want = naive(q, k[layer], v[layer], positions, window)
+        want = naive_decode(q, k[layer], v[layer], positions, window)
         np.testing.assert_allclose(op(q, k, v, positions, jnp.int32(layer)), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", ["xla", "reference"])
 def test_implementations_agree_on_long_caches(impl):
     rng = np.random.default_rng(0)
-    q, k, v = random_case(rng, queries=2, length=600, kv_heads=2)
+    q, k, v = random_cache(rng, queries=2, length=600, kv_heads=2)
     positions: Any = np.array([[3, 4], [598, 599]], np.int32)
     got = jax.jit(lambda *args: decode_attention(*args, mask=Mask(), impl=impl))(q, k, v, positions, 1)
-    np.testing.assert_allclose(got, naive(q, k[1], v[1], positions, None), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, naive_decode(q, k[1], v[1], positions, None), rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_beyond_the_last_position_are_not_read():
     """What is not filled may be anything, even NaN, which a masked product would spread."""
     rng = np.random.default_rng(0)
-    q, k, v = random_case(rng, queries=1, length=64)
+    q, k, v = random_cache(rng, queries=1, length=64)
     positions: Any = np.array([[5], [15]], np.int32)
-    want = naive(q, k[0], v[0], positions, None)
+    want = naive_decode(q, k[0], v[0], positions, None)
     k[:, :, 16:], v[:, :, 16:] = np.nan, np.nan
     op = jax.jit(functools.partial(xla.decode_attention, mask=Mask(), scale=8**-0.5, block=16))
     got = op(q, k, v, positions, jnp.int32(0))
@@ -87,7 +67,7 @@ def test_blocks_beyond_the_last_position_are_not_read():
 
 
 def test_wrong_shapes_and_names_are_refused():
-    q, k, v = random_case(np.random.default_rng(0), queries=1, length=8, kv_heads=3)
+    q, k, v = random_cache(np.random.default_rng(0), queries=1, length=8, kv_heads=3)
     positions: Any = np.zeros((2, 1), np.int32)
     with pytest.raises(ValueError, match=r"\(2, 1, 4, 8\).*\(3, 2, 8, 3, 8\)"):
         decode_attention(q, k, v, positions, mask=Mask())
@@ -109,12 +89,12 @@ def test_the_tpu_kernel_sees_what_is_filled_and_nothing_else(
 ):
     """Interpreted, on ragged rows; entries that nobody wrote are NaN, and so is scratch. No two cores race."""
     rng = np.random.default_rng(0)
-    q, k, v = random_case(
+    q, k, v = random_cache(
         rng, queries=queries, length=entries, kv_heads=kv_heads, layers=2, rows=rows, heads=heads, width=width
     )
     positions = np.sort(rng.integers(0, entries, (rows, queries)), axis=1).astype(np.int32)
     positions[0] = np.minimum(np.arange(queries), entries - 1)  # the shortest row there is
-    want = naive(q, k[1], v[1], positions, window)
+    want = naive_decode(q, k[1], v[1], positions, window)
     for row, last in enumerate(positions.max(axis=1)):
         k[:, row, last + 1 :], v[:, row, last + 1 :] = np.nan, np.nan
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan")
@@ -135,7 +115,7 @@ def test_the_tpu_kernel_with_prefix_slopes_and_cap_through_the_public_call(paged
     """The table's blocks for a chip, against the whole row; pages lie anywhere."""
     rng = np.random.default_rng(0)
     heads, kv_heads = (4, 2) if paged else (4, 1)
-    q, k, v = random_case(rng, queries=2, length=256, kv_heads=kv_heads, layers=2, heads=heads, width=64)
+    q, k, v = random_cache(rng, queries=2, length=256, kv_heads=kv_heads, layers=2, heads=heads, width=64)
     positions: Any = np.array([[3, 4], [200, 201]], np.int32)
     keywords: dict[str, Any] = {
         "mask": Mask(window=150),
@@ -156,7 +136,7 @@ def test_the_tpu_kernel_with_prefix_slopes_and_cap_through_the_public_call(paged
 
 
 def test_a_query_that_sees_nothing_gives_zeros():
-    q, k, v = random_case(np.random.default_rng(0), queries=1, length=64, width=64)
+    q, k, v = random_cache(np.random.default_rng(0), queries=1, length=64, width=64)
     positions: Any = np.array([[-1], [5]], np.int32)
     for impl, chip in (("reference", None), ("xla", None), ("tpu", "TPU v5")):
         out = decode_attention(q, k, v, positions, mask=Mask(), impl=impl, chip=chip, interpret=True)

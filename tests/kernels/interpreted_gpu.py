@@ -1,0 +1,46 @@
+"""Mosaic GPU's interpreter as the tests need it: one compilation a kernel, and what its race detectors found."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+from jax._src import core as jax_core
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+
+@contextlib.contextmanager
+def one_compilation_a_kernel() -> Iterator[None]:
+    """jax 0.10.2's interpreter compiles a kernel again for every warpgroup of every block: nine tenths of its time."""
+    programs: dict[int, Any] = {}
+    lock = threading.Lock()
+
+    def run(jaxpr: Any, consts: Any, *args: Any) -> None:
+        with lock:
+            if id(jaxpr) not in programs:
+                program = jax.jit(lambda consts, *args: jax_core.eval_jaxpr(jaxpr, consts, *args) and None)
+                # The jaxpr is kept too: its id must not become another's.
+                programs[id(jaxpr)] = program.lower(consts, *args).compile(), jaxpr
+        programs[id(jaxpr)][0](consts, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thread_map, "_run_jaxpr", run)
+        yield
+
+
+def detectors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list to which each kernel that is interpreted from now on adds its race detector."""
+    found: list[Any] = []
+    make: Any = gpu_callbacks.RaceDetectionState  # pyright: ignore[reportPrivateImportUsage]
+
+    def recorded(**given: Any) -> Any:
+        found.append(make(**given))
+        return found[-1]
+
+    monkeypatch.setattr(gpu_callbacks, "RaceDetectionState", recorded)
+    return found
