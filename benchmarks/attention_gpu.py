@@ -1,18 +1,20 @@
-"""Attention on an H100 or H200 beside cuDNN, tokamax and torch, in one run: forward and backward, TFLOP/s.
+"""Attention on an H100 or H200 beside cuDNN, tokamax and torch, in one run: forward and backward, TFLOP/s; and of one
+new token a row against a cache, TB/s (`benchmarks/decode_attention_gpu.py`).
 
     python -m benchmarks.attention_gpu             # writes benchmarks/results/attention_gpu_<card>_<date>.json
-    python -m benchmarks.attention_gpu --check     # without a GPU: tiny and interpreted; no figure means anything
+    python -m benchmarks.attention_gpu --dry_run   # without a GPU: XLA in our kernels' place, torch on the CPU, tiny
 
 16,384 tokens in rows of 2k to 16k, bfloat16, causal; FLOPs are counted with the causal half (4 B H D T^2 / 2 forward,
 2.5 times that backward). Random inputs, several sets in turn, larger than the L2 cache together. Before anything is
 timed, each implementation's result and gradients are held against float32 on the first row.
 
-A sample is the difference between a long and a short queue of calls, over the calls by which they differ, so neither
-the launch nor the wait at the end is in it; the figure is the median of the samples, with their quartiles.
-Implementations take turns in an order that changes. The card's rate for a large product and for a copy are measured in
-the same run, and shares of them are printed. torch (scaled_dot_product_attention by cuDNN and by FlashAttention 2) is
-a process of its own, timed by CUDA events. `ours, packed` has documents of about 512 tokens in its rows; `ours,
-ranged` the same ranges as `ours`, but as data.
+How is in `benchmarks/gpu_timing.py`; the figure is the median of the samples, with their quartiles. The card's rate for
+a large product and for a copy are measured in the same run, and shares of them are printed. torch
+(scaled_dot_product_attention by cuDNN and by FlashAttention 2) is a process of its own, timed by CUDA events. `ours,
+packed` has documents of about 512 tokens in its rows; `ours, ranged` the same ranges as `ours`, but as data.
+
+A dry run goes through all of it but the kernels, which have their own tests, so that no slip waits for the day on which
+there is a GPU; no figure of it means anything. It ends with an error if anything but cuDNN or tokamax fails.
 """
 
 from __future__ import annotations
@@ -22,11 +24,8 @@ import datetime
 import functools
 import importlib.util
 import json
-import random
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import decode_attention_gpu
+from benchmarks.gpu_timing import Timing, card, samples, summary
 from pallas_kernels.attention import Case, Mask, attention
 from pallas_kernels.attention.choice import refusals
 
@@ -63,227 +64,181 @@ def inputs(shape: tuple[int, ...], seed: int) -> tuple[jax.Array, ...]:
     )
 
 
-def implementations(shape: tuple[int, ...], chip: str, interpret: bool) -> dict[str, Callable[..., Any]]:
-    """Name to attention(q, k, v), of those that can do it here; the reasons of the others are printed."""
+Passes = tuple[Callable[..., Any], Callable[..., Any]]
+"""(q, k, v, segments) -> (out, pullback), and (pullback, cotangent) -> gradients, each one program."""
+
+
+def implementations(
+    shape: tuple[int, ...], chip: str, ours: str
+) -> dict[str, tuple[Callable[..., jax.Array], jax.Array | None]]:
+    """Name to attention(q, k, v, segments=) and its segments, of those that can do it here; the reasons of the others
+    are printed. ours: the implementation that is measured, or stands in for it.
+    """
     rows, length, heads, kv_heads, width = shape
     case = Case(rows=rows, length=length, heads=heads, kv_heads=kv_heads, head_dim=width, dtype="bfloat16", mask=Mask())
-    found: dict[str, Callable[..., Any]] = {}
-    for name in ("gpu", "cudnn", "tokamax"):
+    peers = {}
+    for name in ("cudnn", "tokamax"):
         if reasons := refusals(name, case, chip):
             print(f"  {name} is left out: {'; '.join(reasons)}")
-        elif name == "gpu" or not interpret:
-            found[name] = functools.partial(attention, impl=name, chip=chip, interpret=interpret and name == "gpu")
-    ours = found.pop("gpu")
+        else:
+            peers[name] = functools.partial(attention, impl=name, chip=chip), None
+    call = functools.partial(attention, impl=ours, chip=chip)
     cuts = np.sort(np.random.default_rng(0).choice(length, max(length // 512, 1), replace=False))
     packed = jnp.tile(jnp.searchsorted(jnp.asarray(cuts), jnp.arange(length), side="right")[None], (rows, 1))
     one = jnp.zeros((rows, length), jnp.int32)
     return {
-        "ours": ours,
-        **found,
-        "ours, packed": functools.partial(ours, segments=packed.astype(jnp.int32)),
-        "ours, ranged": functools.partial(ours, segments=one),
+        "ours": (call, None),
+        **peers,
+        "ours, packed": (call, packed.astype(jnp.int32)),
+        "ours, ranged": (call, one),
     }
 
 
-def passes(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(forward with what the backward pass needs, backward), each one program."""
-    return jax.jit(lambda q, k, v: jax.vjp(function, q, k, v)), jax.jit(lambda pullback, do: pullback(do))
+def passes(function: Callable[..., jax.Array]) -> Passes:
+    """Of an implementation; the forward pass with what the backward pass needs."""
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> Any:
+        return jax.vjp(functools.partial(function, segments=segments), q, k, v)
+
+    return jax.jit(forward), jax.jit(lambda pullback, do: pullback(do))
 
 
-def errors(function: Callable[..., Any], shape: tuple[int, ...]) -> list[float]:
+@functools.cache
+def plain() -> Passes:
+    """What the others are held against."""
+    return passes(functools.partial(attention, impl="xla"))
+
+
+def errors(both: Passes, segments: jax.Array | None, shape: tuple[int, ...]) -> list[float]:
     """Differences of out, dq, dk and dv from float32, by norm, on the first row."""
-    segments = getattr(function, "keywords", {}).get("segments")
     given = [x[:1] for x in inputs(shape, 0)]
-    if segments is not None:
-        function = functools.partial(function, segments=segments[:1])
-    forward, backward = passes(function)
-    out, pullback = forward(*given[:3])
+    segments = None if segments is None else segments[:1]
+    out, pullback = both[0](*given[:3], segments)
     with jax.default_matmul_precision("highest"):
-        plain = functools.partial(attention, impl="xla", segments=None if segments is None else segments[:1])
-        forward, true_backward = passes(plain)
         wide = [x.astype(jnp.float32) for x in given]
-        want, true_pullback = forward(*wide[:3])
-        wanted = [want, *true_backward(true_pullback, wide[3])]
-    pairs = zip([out, *backward(pullback, given[3])], wanted, strict=True)
+        want, true_pullback = plain()[0](*wide[:3], segments)
+        wanted = [want, *plain()[1](true_pullback, wide[3])]
+    pairs = zip([out, *both[1](pullback, given[3])], wanted, strict=True)
     return [float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) for a, b in pairs]
 
 
-def queue_seconds(call: Callable[[int], Any], count: int) -> float:
-    begun = time.perf_counter()
-    for index in range(count):
-        last = call(index)
-    jax.block_until_ready(last)
-    return time.perf_counter() - begun
-
-
-def samples(calls: dict[str, Callable[[int], Any]], count: int) -> dict[str, list[float]]:
-    """Seconds a call, `count` of each, in turns."""
-    if count == 1:
-        return {name: [queue_seconds(call, 1)] for name, call in calls.items()}
-    lengths: dict[str, int] = {}
-    for name, call in calls.items():
-        jax.block_until_ready(call(0))
-        lengths[name] = max(4, min(200, int(0.03 / max(queue_seconds(call, 4) / 4, 1e-6))))
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for _ in range(count):
-        random.shuffle(order)
-        for name in order:
-            n = lengths[name]
-            short = queue_seconds(calls[name], n)
-            found[name].append((queue_seconds(calls[name], 2 * n) - short) / n)
-    return found
-
-
-def summary(seconds: list[float], work: float) -> dict[str, float]:
-    """Median and quartiles of work a second, in units of 1e12, and the median of milliseconds."""
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    return {"ms": 1e3 * middle, "rate": work / middle / 1e12, "low": work / high / 1e12, "high": work / low / 1e12}
-
-
-def card(count: int, size: int) -> dict[str, dict[str, float]]:
-    """The card's rate for a square product, TFLOP/s, and for a copy, TB/s read and written."""
-    a, b = (jax.random.normal(jax.random.key(n), (size, size), jnp.bfloat16) for n in range(2))
-    big = jnp.zeros((16 * size * size,), jnp.bfloat16)
-    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
-    found = samples({"matmul": lambda _: product(a, b), "copy": lambda _: copy(big)}, count)
-    return {
-        "matmul": summary(found["matmul"], 2.0 * size**3),
-        "copy": summary(found["copy"], 2.0 * big.nbytes),
-    }
-
-
-def measure(shape: tuple[int, ...], chip: str, count: int, interpret: bool) -> dict[str, Any]:
+def measure(shape: tuple[int, ...], chip: str, ours: str, timing: Timing) -> dict[str, Any]:
     """Implementation to its errors and, unless they are too large, its forward and backward rates."""
-    functions = implementations(shape, chip, interpret)
+    functions = implementations(shape, chip, ours)
     found: dict[str, Any] = {}
-    for name, function in functions.items():
+    right: dict[str, Passes] = {}
+    for name, (function, segments) in functions.items():
+        both = passes(function)
         try:
-            found[name] = {"errors": errors(function, shape)}
+            found[name] = {"errors": errors(both, segments, shape)}
         except Exception as error:  # a peer may refuse, or fail, in any way; the others go on
             found[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
             continue
-        if not max(found[name]["errors"]) < TOLERANCE:
+        if max(found[name]["errors"]) < TOLERANCE:
+            right[name] = both
+        else:
             found[name]["failed"] = f"differs from float32: {found[name]['errors']}"
-    right = {name: passes(functions[name]) for name in found if "failed" not in found[name]}
-    sets = [inputs(shape, seed) for seed in range(SETS if count > 1 else 1)]
-    programs = {name: jax.jit(functions[name]) for name in right}
-    forward: dict[str, Any] = {name: lambda i, f=programs[name]: f(*sets[i % len(sets)][:3]) for name in right}
-    for name, seconds in samples(forward, count).items():
-        found[name]["forward"] = summary(seconds, shape_flops(shape, False))
-    pullbacks = {name: [f(*given[:3])[1] for given in sets] for name, (f, _) in right.items()}
-    backward: dict[str, Any] = {
-        name: lambda i, b=b, name=name: b(pullbacks[name][i % len(sets)], sets[i % len(sets)][3])
-        for name, (_, b) in right.items()
-    }
-    for name, seconds in samples(backward, count).items():
-        found[name]["backward"] = summary(seconds, shape_flops(shape, True))
+    sets = [inputs(shape, seed) for seed in range(SETS)]
+    forward: dict[str, Any] = {}
+    backward: dict[str, Any] = {}
+    for name, (with_pullback, of_pullback) in right.items():
+        function, segments = functions[name]
+        alone = jax.jit(functools.partial(function, segments=segments))
+        pullbacks = [with_pullback(*given[:3], segments)[1] for given in sets]
+        forward[name] = lambda i, f=alone: f(*sets[i % SETS][:3])
+        backward[name] = lambda i, f=of_pullback, p=pullbacks: f(p[i % SETS], sets[i % SETS][3])
+    for which, calls in (("forward", forward), ("backward", backward)):
+        for name, seconds in samples(calls, timing).items():
+            found[name][which] = summary(seconds, shape_flops(shape, which == "backward"))
     return found
 
 
-_TORCH = """
-import json, statistics, sys, torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-(rows, length, heads, kv_heads, width), count = json.loads(sys.argv[1])
-found = {}
-make = lambda n: [torch.randn(rows, n, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-for name, backend in (("torch cudnn", SDPBackend.CUDNN_ATTENTION), ("torch fa2", SDPBackend.FLASH_ATTENTION)):
-    try:
-        q, k, v, do = make(heads), make(kv_heads), make(kv_heads), make(heads)
-        for x in q + k + v:
-            x.requires_grad_()
-        def forward(i):
-            wide = [x[i].expand(-1, heads, -1, -1) if kv_heads == 1 else x[i] for x in (k, v)]
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q[i], *wide, is_causal=True)
-        outs = [forward(i) for i in range(3)]
-        def backward(i):
-            return torch.autograd.grad(outs[i], (q[i], k[i], v[i]), do[i], retain_graph=True)
-        found[name] = {}
-        for which, call in (("forward", forward), ("backward", backward)):
-            call(0)
-            seconds = []
-            for _ in range(count):
-                a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                a.record()
-                for i in range(12):
-                    call(i % 3)
-                b.record()
-                b.synchronize()
-                seconds.append(a.elapsed_time(b) / 12e3)
-            found[name][which] = seconds
-    except Exception as error:
-        found[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-print(json.dumps(found))
-"""
-
-
-def of_torch(shape: tuple[int, ...], count: int) -> dict[str, Any]:
-    """What torch takes, in a process of its own; with its K/V heads repeated in place, as it has no MQA of its own."""
-    command = [sys.executable, "-c", _TORCH, json.dumps([shape, count])]
+def of_torch(op: str, shape: tuple[int, ...], count: int, device: str, work: dict[str, float]) -> dict[str, Any]:
+    """What `benchmarks.attention_torch` finds. work: of a pass, operations or bytes."""
+    job = json.dumps({"op": op, "shape": shape, "count": count, "device": device})
+    command = [sys.executable, "-m", "benchmarks.attention_torch", job]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"torch": {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}}
     found = json.loads(done.stdout.splitlines()[-1])
     for entry in found.values():
-        for which in {"forward", "backward"} & set(entry):
-            entry[which] = summary(entry[which], shape_flops(shape, which == "backward"))
+        for which in set(work) & set(entry):
+            entry[which] = summary(entry[which], work[which])
     return found
 
 
-def show(found: dict[str, Any], peak: float) -> None:
+def show(found: dict[str, Any], peak: float, unit: str, of: str) -> None:
     for name, entry in found.items():
         line = f"  {name:<14}"
         for which in ("forward", "backward"):
             if which in entry:
                 x = entry[which]
-                shares = f"{x['rate'] / peak:4.0%} of the product's"
-                line += f"{which} {x['rate']:7.1f} TFLOP/s ({x['low']:.1f} to {x['high']:.1f}), {shares}   "
+                line += f"{which} {x['rate']:7.2f} {unit} ({x['low']:.2f} to {x['high']:.2f}), "
+                line += f"{x['rate'] / peak:4.0%} of the {of}'s   "
         print(line + entry.get("failed", ""), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="tiny and interpreted, on a CPU: that nothing is broken")
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--dry_run", action="store_true", help="tiny, on a CPU: that the program itself is right")
+    parser.add_argument("--samples", type=int, default=20, help="at least 2")
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 128])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args(argv)
-    chip = "NVIDIA H200" if options.check else jax.devices()[0].device_kind
-    if not options.check and jax.default_backend() != "gpu":
-        parser.error(f"the device at hand is {chip!r}: this needs an H100 or H200; --check runs without")
-    count = 1 if options.check else options.samples
+    dry = options.dry_run
+    at_hand = jax.devices()[0].device_kind
+    if not dry and jax.default_backend() != "gpu":
+        parser.error(f"the device at hand is {at_hand!r}: this needs an H100 or H200; --dry_run goes without")
+    chip, ours, device = ("NVIDIA H200", "xla", "cpu") if dry else (at_hand, "gpu", "cuda")
+    timing = Timing(count=2, seconds=0.0) if dry else Timing(count=options.samples)
     shapes = [
         (TOKENS // length, length, *heads, width) for width in options.widths for heads in HEADS for length in LENGTHS
     ]
-    if options.check:
-        shapes = [(1, 20, 2, 1, 64)]
+    caches = [
+        (rows, entries, *heads) for rows, entries in decode_attention_gpu.CACHES for heads in decode_attention_gpu.HEADS
+    ]
+    if dry:
+        shapes, caches = [(1, 40, 2, 1, 64)], [(2, 64, 4, 2, 64)]
     packages = ("jax", "jaxlib", "tokamax", "torch", "jax-cuda13-plugin")
     report: dict[str, Any] = {
         "command": "python -m benchmarks.attention_gpu " + " ".join(argv if argv is not None else sys.argv[1:]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "card": chip,
+        "card": at_hand,
         "versions": {name: version(name) for name in packages if _installed(name)},
-        "rates": card(count, 128 if options.check else 8192),
-        "shapes": [],
+        "rates": card(timing, 128 if dry else 8192),
+        "rows": [],
+        "decode": [],
     }
-    peak = report["rates"]["matmul"]["rate"]
-    print(f"{chip}: product {peak:.1f} TFLOP/s, copy {report['rates']['copy']['rate']:.2f} TB/s")
+    product, copy = (report["rates"][name]["rate"] for name in ("matmul", "copy"))
+    print(f"{at_hand}: product {product:.1f} TFLOP/s, copy {copy:.2f} TB/s")
+    torch = importlib.util.find_spec("torch") is not None
     for shape in shapes:
         rows, length, heads, kv_heads, width = shape
         print(f"{rows} x {length} tokens, {heads} query heads, {kv_heads} key/value heads of {width}")
-        found = measure(shape, chip, count, options.check)
-        if not options.check and importlib.util.find_spec("torch") is not None:
-            found |= of_torch(shape, count)
-        show(found, peak)
-        report["shapes"].append({"shape": shape, "found": found})
-    if options.check:
-        wrong = [name for entry in report["shapes"] for name, x in entry["found"].items() if "failed" in x]
-        print("checked" if not wrong else f"failed: {', '.join(wrong)}")
-        sys.exit(bool(wrong))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"attention_gpu_{chip.lower().replace(' ', '_')}_{report['date'][:10]}.json"
+        found = measure(shape, chip, ours, timing)
+        if torch:
+            work = {which: shape_flops(shape, which == "backward") for which in ("forward", "backward")}
+            found |= of_torch("rows", shape, timing.count, device, work)
+        show(found, product, "TFLOP/s", "product")
+        report["rows"].append({"shape": shape, "found": found})
+    for shape in caches:
+        rows, entries, heads, kv_heads, width = shape
+        print(f"{rows} caches of {entries}, {heads} query heads, {kv_heads} key/value heads of {width}")
+        found = decode_attention_gpu.measure(shape, chip, ours, timing)
+        if torch:
+            work = {"forward": float(decode_attention_gpu.bytes_read(shape))}
+            found |= of_torch("decode", shape, timing.count, device, work)
+        show(found, copy, "TB/s", "copy")
+        report["decode"].append({"shape": shape, "found": found})
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"attention_gpu_{at_hand.lower().replace(' ', '_')}_{report['date'][:10]}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {path}")
+    failed = {
+        name for entry in (*report["rows"], *report["decode"]) for name, x in entry["found"].items() if "failed" in x
+    }
+    if dry and (failed := failed - {"cudnn", "tokamax"}):
+        sys.exit(f"failed: {', '.join(sorted(failed))}")
 
 
 def _installed(name: str) -> bool:
