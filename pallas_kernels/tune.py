@@ -3,6 +3,7 @@
     python -m pallas_kernels.tune                       # the TPU at hand: each candidate is timed
     python -m pallas_kernels.tune --chip "TPU v5"       # any TPU, through libtpu's compiler: cycles are simulated, and
                                                         # bundles are counted where it does not simulate
+    python -m pallas_kernels.tune                       # on an H100 or H200: their tables (`tune_gpu.py`)
 
 A candidate counts only if it also compiles, at the longest row it claims, with segments, prefix, window, ALiBi and
 soft-cap together, which is what takes most memory. Nothing else in the package runs or writes at import or in a kernel.
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import aot
+from pallas_kernels import aot, tune_gpu
 from pallas_kernels.attention import bundles, table
 
 VMEM_MIB: dict[str, int | None] = {"TPU v4": None, "TPU v5 lite": 64, "TPU v5": 64, "TPU v6 lite": 64, "TPU7x": 44}
@@ -163,8 +164,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chip", choices=sorted(aot.TOPOLOGIES), help="compile for it instead of timing")
     chosen = parser.parse_args(argv).chip
     chip = chosen or jax.devices()[0].device_kind
+    if chip.startswith("NVIDIA"):
+        tune_gpu.main(chip)
+        return
     if chip not in aot.TOPOLOGIES:
-        parser.error(f"the device at hand is {chip!r}; name one with --chip: {', '.join(sorted(aot.TOPOLOGIES))}")
+        parser.error(
+            f"the device at hand is {chip!r}, no TPU and no H100 or H200, which is timed on itself; a TPU may be named "
+            f"with --chip: {', '.join(sorted(aot.TOPOLOGIES))}"
+        )
     rows = [best(chip, shape, at_hand=chosen is None) for shape in SHAPES]
     path_of(chip).write_text(json.dumps(rows, indent=1) + "\n")
     print(f"wrote {path_of(chip)}")

@@ -89,10 +89,8 @@ def _dq(static: _Static, q: Any, do: Any, k: Any, v: Any, first: Any, stop: Any,
     ring = static.tuning.dq
     pack = _Packing(q, k, static, COMPUTE * ROWS, ring.keys)
     table = key_bounds(*pack.ranges(first, stop), pack.block, ring.keys, pack.padded_keys)
-    operands = (pack.rows(q), pack.rows(do), pack.keys(k), pack.keys(v))
-    numbers = pack.of_rows(first, stop, *rest)
-    dq = gpu_backward.dq(pack.plan, ring, table, numbers, *operands, interpret=static.interpret)
-    return pack.from_rows(dq)
+    given = pack.operands(table, q, do, k, v, first, stop, *rest)
+    return pack.from_rows(gpu_backward.dq(pack.plan, ring, given, interpret=static.interpret))
 
 
 def _dkv(static: _Static, q: Any, do: Any, k: Any, v: Any, first: Any, stop: Any, *rest: Any) -> tuple[jax.Array, ...]:
@@ -100,9 +98,8 @@ def _dkv(static: _Static, q: Any, do: Any, k: Any, v: Any, first: Any, stop: Any
     pack = _Packing(q, k, static, stream.queries, ROWS)
     parts = parts_of(pack.N * pack.padded_keys // ROWS, pack.R // stream.queries)
     table = row_bounds(*pack.ranges(first, stop), stream.queries, ROWS, pack.padded_keys, parts)
-    operands = (pack.rows(q), pack.rows(do), pack.keys(k), pack.keys(v))
-    numbers = pack.of_rows(first, stop, *rest)
-    found = gpu_backward.dkv(pack.plan, stream, table, numbers, *operands, interpret=static.interpret)
+    given = pack.operands(table, q, do, k, v, first, stop, *rest)
+    found = gpu_backward.dkv(pack.plan, stream, given, interpret=static.interpret)
     return tuple(pack.from_keys(jnp.sum(x, axis=1) if parts > 1 else x[:, 0]).astype(k.dtype) for x in found)
 
 
@@ -140,3 +137,8 @@ class _Packing(Rows):
         """`numbers` of whole rows, whose query 0 is key `offset`."""
         index = (jnp.arange(self.T, dtype=jnp.int32) + offset)[None]
         return self.numbers(first if self.ranged else None, stop, index, slopes, *kept)
+
+    def operands(self, table: jax.Array, q: Any, do: Any, k: Any, v: Any, *of_rows: Any) -> gpu_backward.Operands:
+        """What both kernels of the backward pass take."""
+        numbers = self.of_rows(*of_rows)
+        return gpu_backward.Operands(table, numbers, self.rows(q), self.rows(do), self.keys(k), self.keys(v))

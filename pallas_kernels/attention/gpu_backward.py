@@ -28,6 +28,19 @@ DQ = "palmjax_attention_dq"
 DKV = "palmjax_attention_dkv"
 
 
+class Operands(NamedTuple):
+    """Of both kernels. table: of `key_bounds` for dQ, of `row_bounds` for dK and dV; numbers: of rows, [N, R] each; q,
+    do: [N, R, D]; k, v: [N, S, D]; R and S whole blocks and tiles.
+    """
+
+    table: jax.Array
+    numbers: dict[str, jax.Array]
+    q: jax.Array
+    do: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
 def _weights(
     plan: Plan, products: Any, key: Any, masked: bool, numbers: dict[str, jax.Array], layout: Any
 ) -> tuple[Any, Any]:
@@ -56,35 +69,24 @@ def _dq_kernel(
     tile_full: Any,
     tile_empty: Any,
 ) -> None:
-    sequence = jax.lax.axis_index("sequence")
-    block = table_ref.shape[1] - 1 - jax.lax.axis_index("block")
-    warpgroup = jax.lax.axis_index("warpgroup")
-    bounds = gpu_tile.bounds_of(table_ref, sequence, block)
-    begin = bounds[0]
-    slots = jnp.int32(ring.slots)
+    at = gpu_tile.key_block(table_ref)
+    gpu_tile.copy_keys_and_values(ring, at, k_ref, v_ref, tiles, tile_full, tile_empty)
 
-    @pl.when(warpgroup == COMPUTE)
-    def _copies() -> None:
-        plgpu.set_max_registers(24, action="decrease")
-        gpu_tile.copy_keys_and_values(ring, sequence, bounds, k_ref, v_ref, tiles, tile_full, tile_empty)
-
-    @pl.when(warpgroup < COMPUTE)
+    @pl.when(at.warpgroup < COMPUTE)
     def _computes() -> None:
-        plgpu.set_max_registers(240, action="increase")
-        rows = pl.ds(block * (COMPUTE * ROWS) + warpgroup * ROWS, ROWS)
-        mine = q_smem.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q_ref.at[sequence, rows], mine, rows_full.at[warpgroup])
-        plgpu.copy_gmem_to_smem(do_ref.at[sequence, rows], do_smem.at[warpgroup], rows_full.at[warpgroup])
-        numbers = gpu_tile.numbers(plan, names, numbers_ref.at[sequence, :, rows], ROW)
-        plgpu.barrier_wait(rows_full.at[warpgroup])
+        gpu_tile.most_registers()
+        mine, full = q_smem.at[at.warpgroup], rows_full.at[at.warpgroup]
+        plgpu.copy_gmem_to_smem(q_ref.at[at.sequence, at.rows], mine, full)
+        plgpu.copy_gmem_to_smem(do_ref.at[at.sequence, at.rows], do_smem.at[at.warpgroup], full)
+        numbers = gpu_tile.numbers(plan, names, numbers_ref.at[at.sequence, :, at.rows], ROW)
+        plgpu.barrier_wait(full)
 
         def tile(index: Any, masked: bool, dq: Any) -> Any:
-            of_keys = jax.lax.rem(2 * (index - begin), slots)
-            of_values = jax.lax.rem(2 * (index - begin) + 1, slots)
+            of_keys, of_values = at.slots(ring, index)
             k = tiles.at[of_keys]
-            # Always `warpgroup`, which the compiler cannot see: it would keep descriptors of q and dO, which do not
+            # Always the warpgroup, which the compiler cannot see: it would keep descriptors of q and dO, which do not
             # change from tile to tile, in registers that there are not.
-            here = warpgroup + jnp.minimum(index - begin, 0)
+            here = at.warpgroup + jnp.minimum(index - at.bounds[0], 0)
             q, do = q_smem.at[here], do_smem.at[here]
             plgpu.barrier_wait(tile_full.at[of_keys])
             # One product after the other: with both under way there would be too few registers at 256.
@@ -100,28 +102,16 @@ def _dq_kernel(
             return dq
 
         zero = gpu_tile.full(plan, (ROWS, plan.width), 0.0, MATRIX)
-        dq = gpu_tile.for_tiles(bounds, tile, zero, plan.ranged)
+        dq = gpu_tile.for_tiles(at.bounds, tile, zero, plan.ranged)
         mine[...] = (dq * plan.scale).astype(dq_ref.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(mine, dq_ref.at[sequence, rows])
+        plgpu.copy_smem_to_gmem(mine, dq_ref.at[at.sequence, at.rows])
         plgpu.wait_smem_to_gmem(0)
 
 
-def dq(
-    plan: Plan,
-    ring: Ring,
-    table: jax.Array,
-    numbers: dict[str, jax.Array],
-    q: jax.Array,
-    do: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    interpret: Any,
-) -> jax.Array:
-    """dQ [N, R, D] in q's dtype. q, do: [N, R, D], R whole blocks; k, v: [N, S, D], S whole tiles; table: of
-    `key_bounds`; numbers: of rows, [N, R] each.
-    """
+def dq(plan: Plan, ring: Ring, given: Operands, *, interpret: Any) -> jax.Array:
+    """dQ [N, R, D] in q's dtype."""
+    table, numbers, q, do, k, v = given
     D = q.shape[2]
     memory = functools.partial(gpu_tile.tile_memory, plan, width=D, dtype=q.dtype)
     return plgpu.kernel(
@@ -177,7 +167,7 @@ def _dkv_kernel(plan: Plan, stream: Stream, names: tuple[str, ...], *refs: Any) 
 
     @pl.when(warpgroup == COMPUTE)
     def _copies() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        gpu_tile.few_registers()
 
         def copy(step: Any, slot: Any) -> None:
             tile = part + of.table.shape[2] * (bounds[0] + step)
@@ -190,7 +180,7 @@ def _dkv_kernel(plan: Plan, stream: Stream, names: tuple[str, ...], *refs: Any) 
 
     @pl.when(warpgroup == 0)
     def _makes_weights_and_dv() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        gpu_tile.most_registers()
         plgpu.copy_gmem_to_smem(of.k.at[sequence, keys], of.k_smem.at[0], of.keys_full.at[0])
         plgpu.barrier_wait(of.keys_full.at[0])
         dv = _weights_and_dv(plan, stream, names, of, bounds, block * ROWS)
@@ -198,7 +188,7 @@ def _dkv_kernel(plan: Plan, stream: Stream, names: tuple[str, ...], *refs: Any) 
 
     @pl.when(warpgroup == 1)
     def _makes_dk() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        gpu_tile.most_registers()
         plgpu.copy_gmem_to_smem(of.v.at[sequence, keys], of.v_smem.at[0], of.keys_full.at[1])
         plgpu.barrier_wait(of.keys_full.at[1])
         dk = _dk(plan, stream, names, of, bounds)
@@ -262,21 +252,9 @@ def _dk(plan: Plan, stream: Stream, names: tuple[str, ...], of: _Dkv, bounds: An
     return jax.lax.fori_loop(begin, end, tile, gpu_tile.full(plan, (ROWS, plan.width), 0.0, MATRIX))
 
 
-def dkv(
-    plan: Plan,
-    stream: Stream,
-    table: jax.Array,
-    numbers: dict[str, jax.Array],
-    q: jax.Array,
-    do: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """(dK, dV), [N, P, S, D] each: sums of P parts of the rows, float32 unless P is 1. q, do: [N, R, D], R whole tiles;
-    k, v: [N, S, D], S whole blocks; table: of `row_bounds`; numbers: of rows, [N, R] each.
-    """
+def dkv(plan: Plan, stream: Stream, given: Operands, *, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    """(dK, dV), [N, P, S, D] each: sums of P parts of the rows, float32 unless P is 1."""
+    table, numbers, q, do, k, v = given
     N, S, D = k.shape
     parts = table.shape[2]
     memory = functools.partial(gpu_tile.tile_memory, plan, width=D, dtype=k.dtype)

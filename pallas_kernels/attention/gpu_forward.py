@@ -40,50 +40,38 @@ def _kernel(
     tile_full: Any,
     tile_empty: Any,
 ) -> None:
-    sequence = jax.lax.axis_index("sequence")
-    # Under a causal mask the last blocks have most to do: they begin first.
-    block = table_ref.shape[1] - 1 - jax.lax.axis_index("block")
-    warpgroup = jax.lax.axis_index("warpgroup")
-    bounds = gpu_tile.bounds_of(table_ref, sequence, block)
-    begin = bounds[0]
-    slots = jnp.int32(ring.slots)
+    at = gpu_tile.key_block(table_ref)
+    gpu_tile.copy_keys_and_values(ring, at, k_ref, v_ref, tiles, tile_full, tile_empty)
 
-    @pl.when(warpgroup == COMPUTE)
-    def _copies() -> None:
-        plgpu.set_max_registers(24, action="decrease")
-        gpu_tile.copy_keys_and_values(ring, sequence, bounds, k_ref, v_ref, tiles, tile_full, tile_empty)
-
-    @pl.when(warpgroup < COMPUTE)
+    @pl.when(at.warpgroup < COMPUTE)
     def _computes() -> None:
-        plgpu.set_max_registers(240, action="increase")
-        rows = pl.ds(block * (COMPUTE * ROWS) + warpgroup * ROWS, ROWS)
-        mine = q_smem.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q_ref.at[sequence, rows], mine, q_full.at[warpgroup])
-        numbers = gpu_tile.numbers(plan, names, numbers_ref.at[sequence, :, rows], ROW)
-        plgpu.barrier_wait(q_full.at[warpgroup])
+        gpu_tile.most_registers()
+        mine = q_smem.at[at.warpgroup]
+        plgpu.copy_gmem_to_smem(q_ref.at[at.sequence, at.rows], mine, q_full.at[at.warpgroup])
+        numbers = gpu_tile.numbers(plan, names, numbers_ref.at[at.sequence, :, at.rows], ROW)
+        plgpu.barrier_wait(q_full.at[at.warpgroup])
 
         def tile(index: Any, masked: bool, so_far: gpu_tile.Sums) -> gpu_tile.Sums:
-            slot = jax.lax.rem(2 * (index - begin), slots)
-            plgpu.barrier_wait(tile_full.at[slot])
-            [products] = gpu_tile.products(plan, (mine, tiles.at[slot]))
-            plgpu.barrier_arrive(tile_empty.at[slot])
+            of_keys, of_values = at.slots(ring, index)
+            plgpu.barrier_wait(tile_full.at[of_keys])
+            [products] = gpu_tile.products(plan, (mine, tiles.at[of_keys]))
+            plgpu.barrier_arrive(tile_empty.at[of_keys])
             key = functools.partial(gpu_tile.keys_as_columns, plan, places_ref, index * ring.keys, products.shape)
             z, _ = gpu_tile.scores(plan, products, key, masked, numbers, ROW)
             weights, (top, total, values) = gpu_tile.weigh(plan, z, so_far)
-            slot = jax.lax.rem(2 * (index - begin) + 1, slots)
-            plgpu.barrier_wait(tile_full.at[slot])
-            values = gpu_tile.add_product(plan, values, weights.astype(v_ref.dtype), tiles.at[slot])
-            plgpu.barrier_arrive(tile_empty.at[slot])
+            plgpu.barrier_wait(tile_full.at[of_values])
+            values = gpu_tile.add_product(plan, values, weights.astype(v_ref.dtype), tiles.at[of_values])
+            plgpu.barrier_arrive(tile_empty.at[of_values])
             return top, total, values
 
-        top, total, values = gpu_tile.for_tiles(bounds, tile, gpu_tile.no_sums(plan), plan.ranged)
+        top, total, values = gpu_tile.for_tiles(at.bounds, tile, gpu_tile.no_sums(plan), plan.ranged)
         share, lse = gpu_tile.finish(plan, top, total)
         # Nobody reads these rows of q any more.
         mine[...] = (values * gpu_tile.over(share, values.shape, ROW)).astype(out_ref.dtype)
-        lse_smem[warpgroup] = lse
+        lse_smem[at.warpgroup] = lse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(mine, out_ref.at[sequence, rows])
-        plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[sequence, rows])
+        plgpu.copy_smem_to_gmem(mine, out_ref.at[at.sequence, at.rows])
+        plgpu.copy_smem_to_gmem(lse_smem.at[at.warpgroup], lse_ref.at[at.sequence, at.rows])
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -7,7 +7,7 @@ copies, the barriers, the masks and the sums, is the same program either way.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,10 +184,34 @@ def copy_in_turn(count: Any, slots: int, empty: list[Any], copy: Any) -> None:
     jax.lax.fori_loop(0, count + jnp.minimum(count, slots), one, None)
 
 
-def copy_keys_and_values(
-    ring: Ring, sequence: Any, bounds: Any, k_ref: Any, v_ref: Any, tiles: Any, full: Any, empty: Any
-) -> None:
-    """Tiles of keys and of values in turn, from the first to the last that `bounds` name."""
+class KeyBlock(NamedTuple):
+    """A block of query rows against the tiles of keys that they reach, as a warpgroup sees it.
+
+    rows: of the warpgroup, if it is one that computes. bounds: of `key_bounds`.
+    """
+
+    sequence: Any
+    warpgroup: Any
+    rows: Any
+    bounds: tuple[Any, Any, Any, Any]
+
+    def slots(self, ring: Ring, index: Any) -> tuple[Any, Any]:
+        """Those of a tile's keys and of its values."""
+        step = 2 * (index - self.bounds[0])
+        return jax.lax.rem(step, jnp.int32(ring.slots)), jax.lax.rem(step + 1, jnp.int32(ring.slots))
+
+
+def key_block(table_ref: Any) -> KeyBlock:
+    """This block. Under a causal mask the last ones have most to do: they begin first."""
+    sequence, warpgroup = jax.lax.axis_index("sequence"), jax.lax.axis_index("warpgroup")
+    block = table_ref.shape[1] - 1 - jax.lax.axis_index("block")
+    rows = pl.ds(block * (COMPUTE * ROWS) + warpgroup * ROWS, ROWS)
+    return KeyBlock(sequence, warpgroup, rows, bounds_of(table_ref, sequence, block))
+
+
+def copy_keys_and_values(ring: Ring, here: KeyBlock, k_ref: Any, v_ref: Any, tiles: Any, full: Any, empty: Any) -> None:
+    """The copying warpgroup's part: tiles of keys and of values in turn, from the first to the last of the bounds."""
+    bounds = here.bounds
 
     def copy(step: Any, slot: Any) -> None:
         keys = pl.ds((bounds[0] + step // 2) * ring.keys, ring.keys)
@@ -195,9 +219,22 @@ def copy_keys_and_values(
 
             @pl.when(jax.lax.rem(step, 2) == of_values)
             def _(ref: Any = ref) -> None:
-                plgpu.copy_gmem_to_smem(ref.at[sequence, keys], tiles.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(ref.at[here.sequence, keys], tiles.at[slot], full.at[slot])
 
-    copy_in_turn(2 * (bounds[3] - bounds[0]), ring.slots, [empty], copy)
+    @pl.when(here.warpgroup == COMPUTE)
+    def _() -> None:
+        few_registers()
+        copy_in_turn(2 * (bounds[3] - bounds[0]), ring.slots, [empty], copy)
+
+
+def few_registers() -> None:
+    """For a warpgroup that copies."""
+    plgpu.set_max_registers(24, action="decrease")
+
+
+def most_registers() -> None:
+    """For a warpgroup that computes: what the copying one leaves, shared by COMPUTE."""
+    plgpu.set_max_registers(240, action="increase")
 
 
 def stacked(of_rows: dict[str, jax.Array]) -> jax.Array:

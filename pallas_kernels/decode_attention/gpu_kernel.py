@@ -242,7 +242,7 @@ def _kernel(plan: Plan, work: Work, names: tuple[str, ...], *refs: Any) -> None:
 
     @pl.when(warpgroup == COMPUTE)
     def _() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        gpu_tile.few_registers()
         _copies(work, of)
 
     def give(item: _Item) -> None:
@@ -280,13 +280,13 @@ def _kernel(plan: Plan, work: Work, names: tuple[str, ...], *refs: Any) -> None:
 
     @pl.when(warpgroup == 0)
     def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        gpu_tile.most_registers()
         _for_items(work, of, take)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 1)
     def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        gpu_tile.most_registers()
         _, done = _for_items(work, of, give)
 
         @pl.when(done > 0)
