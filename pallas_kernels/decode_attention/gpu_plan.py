@@ -74,14 +74,23 @@ def shares(tuning: Tuning, shape: tuple[int, ...], kv_heads: int, entries: int, 
     tile = tile_of(tuning, entries)
     row_blocks, tiles = -(-rows // ROWS), -(-entries // tile)
     sequences = B * kv_heads
-    # A part keeps all computing warpgroups at work.
-    part = max(-(-tiles * sequences * row_blocks // (tuning.rounds * tuning.blocks)), COMPUTE)
+    padded = ROWS if row_blocks > 1 else -(-rows // EIGHT) * EIGHT
+
+    def keys_of_a_block(part: int) -> int:
+        """That a block reads, and what it writes of them and is read again, all caches full."""
+        items = -(-tiles // part) * sequences * row_blocks
+        return -(-items // tuning.blocks) * (part * tile + 2 * padded)
+
+    # A part keeps all computing warpgroups at work. Up to eight keys a query row, what is written of it is much beside
+    # what is read; so far parts may grow even if there are fewer of them than `rounds` wants.
+    most = max(-(-tiles * sequences * row_blocks // (tuning.rounds * tuning.blocks)), -(-8 * padded // tile), COMPUTE)
+    part = min(range(COMPUTE, most + 1), key=keys_of_a_block)
     work = Work(
         sequences=sequences,
         kv_heads=kv_heads,
         entries=entries,
         row_blocks=row_blocks,
-        rows=ROWS if row_blocks > 1 else -(-rows // EIGHT) * EIGHT,
+        rows=padded,
         tile=tile,
         stages=tuning.stages,
         part=part,
