@@ -66,7 +66,7 @@ class _Item(NamedTuple):
     """One part of a sequence for one block of query rows.
 
     place: [sequence, part] as one number. least, most: entries of the batch's row that are seen. first, last: tiles of
-    the part, at least one. step, done: tiles and items that this block has had before.
+    the part, at least one. step: tiles that this block has had before, none if this is its first item.
     """
 
     sequence: Any
@@ -77,18 +77,16 @@ class _Item(NamedTuple):
     first: Any
     last: Any
     step: Any
-    done: Any
 
 
-def _for_items(work: Work, of: _Refs, visit: Callable[[_Item], None]) -> tuple[Any, Any]:
-    """Visits the items of this block that have a tile; (tiles, items) of them all.
+def _for_items(work: Work, of: _Refs, visit: Callable[[_Item], None]) -> Any:
+    """Visits the items of this block that have a tile; how many tiles they have.
 
     Parts that lie side by side in the caches of all rows come first, so blocks have as much to do as each other.
     """
     block = jax.lax.axis_index("block")
 
-    def one(turn: Any, so_far: tuple[Any, Any]) -> tuple[Any, Any]:
-        step, done = so_far
+    def one(turn: Any, step: Any) -> Any:
         number = turn * work.blocks + block
         row_block = jax.lax.rem(number, work.row_blocks)
         number = number // work.row_blocks
@@ -100,13 +98,12 @@ def _for_items(work: Work, of: _Refs, visit: Callable[[_Item], None]) -> tuple[A
 
         @pl.when(first < last)
         def _() -> None:
-            visit(_Item(sequence, sequence * work.parts + part, row_block, least, most, first, last, step, done))
+            visit(_Item(sequence, sequence * work.parts + part, row_block, least, most, first, last, step))
 
-        count = jnp.maximum(last - first, 0)
-        return step + count, done + jnp.minimum(count, 1)
+        return step + jnp.maximum(last - first, 0)
 
     turns = -(-work.items // work.blocks)
-    return jax.lax.fori_loop(0, turns, one, (jnp.int32(0), jnp.int32(0)))
+    return jax.lax.fori_loop(0, turns, one, jnp.int32(0))
 
 
 def _slot(work: Work, step: Any) -> Any:
@@ -118,7 +115,7 @@ def _copies(work: Work, of: _Refs) -> None:
     slots = COMPUTE * work.stages
 
     def visit(item: _Item) -> None:
-        @pl.when(item.done > 0)
+        @pl.when(item.step > 0)
         def _() -> None:
             plgpu.barrier_wait(of.q_empty)
 
@@ -143,7 +140,7 @@ def _copies(work: Work, of: _Refs) -> None:
 
         jax.lax.fori_loop(item.first, item.last, tile, None)
 
-    steps, done = _for_items(work, of, visit)
+    steps = _for_items(work, of, visit)
 
     # Stays until the last tile is read, so that every phase of a barrier is seen by those who wait at it.
     def drain(step: Any, _: None) -> None:
@@ -152,7 +149,7 @@ def _copies(work: Work, of: _Refs) -> None:
 
     jax.lax.fori_loop(jnp.maximum(steps - slots, 0), steps, drain, None)
 
-    @pl.when(done > 0)
+    @pl.when(steps > 0)
     def _() -> None:
         plgpu.barrier_wait(of.q_empty)
 
@@ -184,39 +181,46 @@ def _start(work: Work, index: Any) -> Any:
 
 def _part(plan: Plan, work: Work, names: tuple[str, ...], of: _Refs, item: _Item, warpgroup: Any) -> gpu_tile.Sums:
     """Sums of every other tile of a part."""
-    slots = jnp.int32(COMPUTE)
     plgpu.barrier_wait(of.q_full)
-    numbers = gpu_tile.numbers(plan, names, of.number_smem, ROW)
-    # Tiles alternate throughout, over parts too, so each slot's are always the same warpgroup's.
-    mine = item.first + jax.lax.rem(warpgroup + item.step, slots)
+    # Steps alternate throughout, over parts too, so a slot's tiles are always the same warpgroup's.
+    mine = item.step + jax.lax.rem(warpgroup + item.step, jnp.int32(COMPUTE))
+    ahead = item.first - item.step
 
     def tile(turn: Any, so_far: gpu_tile.Sums) -> gpu_tile.Sums:
-        index = mine + COMPUTE * turn
-        slot = _slot(work, item.step + index - item.first)
+        step = mine + COMPUTE * turn
+        slot, index = _slot(work, step), step + ahead
         start = _start(work, index)
+        edge = start + work.tile > item.most
+
+        # Before there are scores, which take the registers.
+        @pl.when(edge)
+        def _() -> None:
+            plgpu.barrier_wait(of.v_full.at[slot])
+            _clear(plan, of.v_tiles.at[slot], item.most - start)
+
         plgpu.barrier_wait(of.k_full.at[slot])
         # Always 0, which the compiler cannot see: it would keep what describes q in registers that there are not.
         here = jnp.minimum(turn, 0)
         [products] = gpu_tile.products(plan, (of.q_smem.at[here], of.k_tiles.at[slot]))
         plgpu.barrier_arrive(of.k_empty.at[slot])
         key = functools.partial(gpu_tile.counted, plan, start, products.shape, 1)
-        seen = numbers
+        # For each tile anew: over the loop they would take registers that there are not.
+        numbers = gpu_tile.numbers(plan, names, of.number_smem, ROW)
         if work.uneven:
-            seen = numbers | {"first": jnp.maximum(numbers["first"], index * work.tile)}
-        z = gpu_tile.scores(plan, products, key, True, seen, ROW)[0]
+            numbers["first"] = jnp.maximum(numbers["first"], index * work.tile)
+        z = gpu_tile.scores(plan, products, key, True, numbers, ROW)[0]
         weights, (top, total, values) = gpu_tile.weigh(plan, z, so_far)
         weights = weights.astype(of.v.dtype)
-        plgpu.barrier_wait(of.v_full.at[slot])
 
-        @pl.when(start + work.tile > item.most)
+        @pl.when(jnp.logical_not(edge))
         def _() -> None:
-            _clear(plan, of.v_tiles.at[slot], item.most - start)
+            plgpu.barrier_wait(of.v_full.at[slot])
 
         values = gpu_tile.add_product(plan, values, weights, of.v_tiles.at[slot])
         plgpu.barrier_arrive(of.v_empty.at[slot])
         return top, total, values
 
-    turns = (item.last - mine + COMPUTE - 1) // COMPUTE
+    turns = (item.last - ahead - mine + COMPUTE - 1) // COMPUTE
     sums = jax.lax.fori_loop(0, turns, tile, gpu_tile.no_sums(plan))
     plgpu.barrier_arrive(of.q_empty)
     return sums
@@ -248,7 +252,7 @@ def _kernel(plan: Plan, work: Work, names: tuple[str, ...], *refs: Any) -> None:
     def give(item: _Item) -> None:
         top, total, values = _part(plan, work, names, of, item, warpgroup)
 
-        @pl.when(item.done > 0)
+        @pl.when(item.step > 0)
         def _() -> None:
             plgpu.barrier_wait(of.taken)
 
@@ -287,9 +291,9 @@ def _kernel(plan: Plan, work: Work, names: tuple[str, ...], *refs: Any) -> None:
     @pl.when(warpgroup == 1)
     def _() -> None:
         gpu_tile.most_registers()
-        _, done = _for_items(work, of, give)
+        steps = _for_items(work, of, give)
 
-        @pl.when(done > 0)
+        @pl.when(steps > 0)
         def _() -> None:
             plgpu.barrier_wait(of.taken)
 
