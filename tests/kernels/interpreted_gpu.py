@@ -36,11 +36,13 @@ def one_compilation_a_kernel() -> Iterator[None]:
 def detectors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list to which each kernel that is interpreted from now on adds its race detector."""
     found: list[Any] = []
-    make: Any = gpu_callbacks.RaceDetectionState  # pyright: ignore[reportPrivateImportUsage]
+    # Its name in jax 0.11, and in 0.10.
+    name = next(x for x in ("GPURaceDetectionState", "RaceDetectionState") if hasattr(gpu_callbacks, x))
+    make: Any = getattr(gpu_callbacks, name)
 
     def recorded(**given: Any) -> Any:
         found.append(make(**given))
         return found[-1]
 
-    monkeypatch.setattr(gpu_callbacks, "RaceDetectionState", recorded)
+    monkeypatch.setattr(gpu_callbacks, name, recorded)
     return found
