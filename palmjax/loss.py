@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_total
 from palmjax import sharding
 from palmjax.config import ConfigError, LossPart, section
 from palmjax.data.batch import Batch
@@ -33,11 +33,15 @@ class CrossEntropy(LossPart):
     """Cross-entropy plus `z_loss` * log(Z)^2 for each token, without label smoothing (PaLM section 5: z_loss 1e-4).
 
     part: rows of the vocabulary whose logits a device holds at a time (`pallas_kernels.linear_cross_entropy`), for
-    heads that are one product; None for all at once, faster where they fit: parts make every logit a second time.
+    heads that are one product; None for all at once: parts make every logit a second time.
+    tokens: tokens whose logits a device holds at a time, for such heads, with the gradient made in the forward pass
+    (`linear_cross_entropy_total`): no logit is made twice, and the table's gradient is summed in float32. Not with
+    `part`.
     """
 
     z_loss: float = 1e-4
     part: int | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
@@ -46,18 +50,29 @@ class CrossEntropy(LossPart):
             raise ConfigError(
                 f"CrossEntropy.part = {self.part}: must be 1 row of the vocabulary or more, or None for all"
             )
+        if self.tokens is not None and self.tokens < 1:
+            raise ConfigError(f"CrossEntropy.tokens = {self.tokens}: must be 1 token or more, or None for all")
+        if self.part is not None and self.tokens is not None:
+            raise ConfigError(
+                f"CrossEntropy.part = {self.part}, tokens = {self.tokens}: the logits are cut one way; leave one None"
+            )
 
     def build(self, model: Any) -> LossFn:
         """The loss of `model`, a LanguageModel."""
 
         def loss(params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
             hidden, report = model.forward(params, batch, dropout_key)
-            if self.part is None:
-                found = token_losses(model.logits(params, hidden), batch.targets)
+            if self.tokens is not None:
+                total, found = total_by_tokens(model, params, hidden, batch, self.z_loss, self.tokens)
+                sums = weighted_sums(*found, batch)
             else:
-                found = losses_by_parts(model, params, hidden, batch.targets, self.part)
-            sums = weighted_sums(*found, batch)
-            total = sums["loss"] + self.z_loss * sums["log_z_squared"] + report.get("aux_loss", 0.0)
+                if self.part is not None:
+                    found = losses_by_parts(model, params, hidden, batch.targets, self.part)
+                else:
+                    found = token_losses(model.logits(params, hidden), batch.targets)
+                sums = weighted_sums(*found, batch)
+                total = sums["loss"] + self.z_loss * sums["log_z_squared"]
+            total = total + report.get("aux_loss", 0.0)
             return total, {
                 "loss": sums["loss"],
                 "z_loss": self.z_loss * sums["log_z_squared"],
@@ -75,11 +90,7 @@ def losses_by_parts(
     """`token_losses` of a model's hidden states [B, T, D] without ever holding their logits, but `part` rows of the
     vocabulary at a time on each device. Raises ConfigError for a head that is more than a product with a table.
     """
-    readout = model.readout(params)
-    if readout is None:
-        raise ConfigError("CrossEntropy.part: this head is more than one product (a bias, a projection); use None")
-    table = readout.table.astype(hidden.dtype)
-    spec = sharding.out_spec(("vocab", None), table.shape)
+    readout, table, axis = _readout(model, params, hidden.dtype, "part")
 
     def op(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
         found = linear_cross_entropy(
@@ -89,15 +100,63 @@ def losses_by_parts(
             scale=readout.scale,
             soft_cap=readout.soft_cap,
             rows=model.config.vocab_size,
-            axis=None if spec is None else spec[0],
+            axis=axis,
             part=part,
         )
         return tuple(x.reshape(targets.shape) for x in found)
 
-    tokens: sharding.Axes = ("batch", "length")
-    inputs: tuple[sharding.Axes, ...] = ((*tokens, None), ("vocab", None), tokens)
-    loss, log_z, correct = sharding.local_many(op, inputs, ((tokens, targets.shape),) * 3, hidden, table, targets)
+    inputs: tuple[sharding.Axes, ...] = ((*_TOKENS, None), ("vocab", None), _TOKENS)
+    loss, log_z, correct = sharding.local_many(op, inputs, ((_TOKENS, targets.shape),) * 3, hidden, table, targets)
     return loss, log_z, correct
+
+
+def total_by_tokens(
+    model: Any, params: Any, hidden: jax.Array, batch: Batch, z_loss: float, tokens: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    """(the sum over `batch` of weight times cross-entropy plus z-loss, its `token_losses`, which cannot be
+    differentiated) from hidden states [B, T, D], `tokens` tokens at a time on each device. Raises ConfigError as
+    `losses_by_parts` does.
+    """
+    readout, table, axis = _readout(model, params, hidden.dtype, "tokens")
+    shape = batch.targets.shape
+
+    def op(hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+        total, *found = linear_cross_entropy_total(
+            hidden.reshape(-1, hidden.shape[-1]),
+            table,
+            targets.reshape(-1),
+            weights.reshape(-1),
+            z_loss=z_loss,
+            scale=readout.scale,
+            soft_cap=readout.soft_cap,
+            rows=model.config.vocab_size,
+            axis=axis,
+            tokens=tokens,
+            chip=sharding.device_kind(),
+        )
+        return total.reshape(1, 1), *(x.reshape(targets.shape) for x in found)
+
+    # Each device's own total: summed over them outside, as every other reduction is.
+    ways = sharding.ways(_TOKENS, shape)
+    inputs: tuple[sharding.Axes, ...] = ((*_TOKENS, None), ("vocab", None), _TOKENS, _TOKENS)
+    outs = ((_TOKENS, ways), *((_TOKENS, shape),) * 3)
+    total, loss, log_z, correct = sharding.local_many(
+        op, inputs, outs, hidden, table, batch.targets, batch.weights.astype(jnp.float32)
+    )
+    return jnp.sum(total), (loss, log_z, correct)
+
+
+_TOKENS: sharding.Axes = ("batch", "length")
+
+
+def _readout(model: Any, params: Any, dtype: Any, field: str) -> tuple[Any, jax.Array, Any]:
+    """A model's readout, its table in `dtype`, and the mesh axes that the table's rows lie over."""
+    readout = model.readout(params)
+    if readout is None:
+        raise ConfigError(f"CrossEntropy.{field}: this head is more than one product (a bias, a projection); use None")
+    table = readout.table.astype(dtype)
+    spec = sharding.out_spec(("vocab", None), table.shape)
+    return readout, table, None if spec is None else spec[0]
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -100,6 +101,12 @@ def out_spec(axes: Axes, shape: Sequence[int], where: str = "array") -> Partitio
     """The active PartitionSpec for an array born with these axes: pass it as `out_sharding=`; None with no mesh."""
     dims = _dims(axes, shape, where)
     return None if dims is None else _as_spec(dims)
+
+
+def ways(axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
+    """Into how many blocks each dimension of an array of `shape` with these axes is cut; ones with no mesh."""
+    dims, sizes = _dims(axes, shape, "array"), _active_sizes() or {}
+    return tuple(math.prod(sizes[axis] for axis in dim) for dim in dims or [()] * len(shape))
 
 
 def named(mesh: Mesh, rules: ShardingRules, axes: Axes, shape: Sequence[int], where: str = "array") -> NamedSharding:

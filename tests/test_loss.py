@@ -59,17 +59,22 @@ def test_a_negative_z_loss_is_refused():
         CrossEntropy(z_loss=-1)
 
 
-def test_logits_by_parts_leave_a_head_with_a_bias_out():
+@pytest.mark.parametrize("field", ["part", "tokens"])
+def test_logits_by_parts_leave_a_head_with_a_bias_out(field):
     model = tiny_palm(num_layers=1, head=UntiedHead(bias=True)).build()
     params = jax.eval_shape(model.init, jax.random.key(0))
-    with pytest.raises(ConfigError, match=r"CrossEntropy.part: this head is more than one product"):
-        jax.eval_shape(CrossEntropy(part=8).build(model), params, random_batch())
-    with pytest.raises(ConfigError, match=r"part = 0"):
-        CrossEntropy(part=0)
+    with pytest.raises(ConfigError, match=rf"CrossEntropy.{field}: this head is more than one product"):
+        jax.eval_shape(CrossEntropy(**{field: 8}).build(model), params, random_batch())
+    with pytest.raises(ConfigError, match=rf"{field} = 0"):
+        CrossEntropy(**{field: 0})
+    with pytest.raises(ConfigError, match="the logits are cut one way"):
+        CrossEntropy(part=8, tokens=8)
 
 
-def test_logits_by_parts_of_an_untied_head_give_the_same_loss():
+def test_logits_by_parts_of_an_untied_head_give_the_same_loss_and_gradients():
     model = tiny_palm(num_layers=1, head=UntiedHead(logit_scale=0.5, soft_cap=2.0)).build()
     params, batch = model.init(jax.random.key(0)), random_batch(rows=2)
-    (want, _), (got, _) = (CrossEntropy(part=part).build(model)(params, batch) for part in (None, 40))
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    losses = (CrossEntropy(), CrossEntropy(part=40), CrossEntropy(tokens=7))
+    want, *others = (jax.value_and_grad(loss.build(model), has_aux=True)(params, batch) for loss in losses)
+    for got in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), got, want)

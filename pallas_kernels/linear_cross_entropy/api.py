@@ -1,15 +1,20 @@
-"""Linear cross-entropy: one op, implementations chosen loudly."""
+"""Linear cross-entropy: by token, or its weighted total; implementations chosen loudly."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_cross_entropy import reference, xla
+from pallas_kernels.linear_cross_entropy import choice, reference, total, xla
 
 NAMES = ("xla", "reference")
 PART = 8192
 """Rows of the table at a time: of 256k, a thirty-second."""
+
+TOKENS = 1024
+"""Tokens at a time of a total in plain XLA."""
 
 
 def linear_cross_entropy(
@@ -37,17 +42,7 @@ def linear_cross_entropy(
     """
     if impl not in NAMES:
         raise ValueError(f"linear_cross_entropy: unknown implementation {impl!r}; there is {', '.join(NAMES)}")
-    if hidden.ndim != 2 or table.ndim != 2 or hidden.shape[1] != table.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: shapes do not fit: hidden {hidden.shape}, table {table.shape}, targets "
-            f"{targets.shape}; need [N,D], [V,D], [N]"
-        )
-    if hidden.dtype != table.dtype or not jnp.issubdtype(hidden.dtype, jnp.floating):
-        raise ValueError(
-            f"linear_cross_entropy: hidden is {hidden.dtype}, table {table.dtype}; need one floating dtype"
-        )
-    if soft_cap is not None and not soft_cap > 0.0:
-        raise ValueError(f"linear_cross_entropy: soft_cap = {soft_cap}: must be above 0; None for no cap")
+    _check(hidden, table, targets, soft_cap)
     if part < 1:
         raise ValueError(f"linear_cross_entropy: part = {part}: must be at least 1")
     whole = table.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
@@ -59,3 +54,75 @@ def linear_cross_entropy(
     return xla.linear_cross_entropy(
         hidden, table, targets, scale=scale, soft_cap=soft_cap, rows=real, axis=axis, part=part
     )
+
+
+def linear_cross_entropy_total(
+    hidden: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    z_loss: float = 0.0,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    rows: int | None = None,
+    axis: str | tuple[str, ...] | None = None,
+    tokens: int | None = None,
+    impl: str = "auto",
+    chip: str | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The sum over tokens of weights (loss + z_loss (log Z)^2), with loss, log Z and the rest as in
+    `linear_cross_entropy`; weights: float32 [N].
+
+    The gradient is made in the forward pass, where a part's logits are at hand, from three products of the logits'
+    size; parts of the vocabulary need four. It is kept until the backward pass: float32 [V, D] while it is summed.
+    tokens: of a part, whose weights [V, tokens] are in memory at a time; by default the table's, TOKENS in plain XLA.
+    impl: "tpu" (Mosaic), "xla", or "auto". chip, interpret: as in `attention`. Without a gradient, parts of the
+    vocabulary run.
+
+    Returns (the total, float32; loss, log Z, correct, float32 [N] each). The total is differentiable in hidden, table
+    and weights. Raises ValueError for shapes that do not fit, an implementation that cannot do this call, and where
+    one of the other results is differentiated.
+    """
+    _check(hidden, table, targets, soft_cap)
+    if weights.shape != targets.shape:
+        raise ValueError(f"linear_cross_entropy_total: weights {weights.shape} for targets {targets.shape}")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"linear_cross_entropy_total: tokens = {tokens}: must be at least 1")
+    tiles, _ = choice.choose(impl, hidden.shape[1], str(hidden.dtype), chip)
+    whole = table.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
+    static = total.Static(
+        z_loss=z_loss,
+        scale=scale,
+        soft_cap=soft_cap,
+        rows=whole if rows is None else rows,
+        axis=axis,
+        tokens=tokens or (TOKENS if tiles is None else tiles.tokens),
+        part=PART,
+        tiles=tiles,
+        interpret=interpret,
+    )
+    return total.total(static, hidden, table, targets, weights)
+
+
+def explain_total(impl: str, width: int, dtype: str, chip: str | None = None) -> str:
+    """What `linear_cross_entropy_total` runs for hidden states of `width` and `dtype` on `chip`, and why. Raises as it
+    does.
+    """
+    tiles, reason = choice.choose(impl, width, dtype, chip)
+    return f"linear_cross_entropy_total: {'xla' if tiles is None else 'tpu'} ({reason}) for width {width} {dtype}"
+
+
+def _check(hidden: jax.Array, table: jax.Array, targets: jax.Array, soft_cap: float | None) -> None:
+    if hidden.ndim != 2 or table.ndim != 2 or hidden.shape[1] != table.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy: shapes do not fit: hidden {hidden.shape}, table {table.shape}, targets "
+            f"{targets.shape}; need [N,D], [V,D], [N]"
+        )
+    if hidden.dtype != table.dtype or not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise ValueError(
+            f"linear_cross_entropy: hidden is {hidden.dtype}, table {table.dtype}; need one floating dtype"
+        )
+    if soft_cap is not None and not soft_cap > 0.0:
+        raise ValueError(f"linear_cross_entropy: soft_cap = {soft_cap}: must be above 0; None for no cap")

@@ -1,8 +1,12 @@
-"""Linear cross-entropy by parts of the vocabulary against float64 and all logits, on one device and sharded."""
+"""Linear cross-entropy, by parts of the vocabulary and as a total by parts of the tokens, against float64 and all
+logits, on one device and sharded; the TPU kernels interpreted.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
@@ -11,12 +15,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside another test process that compiles
+
+from pallas_kernels import aot
+from pallas_kernels.linear_cross_entropy import (
+    choice,
+    cost,
+    explain_total,
+    linear_cross_entropy,
+    linear_cross_entropy_total,
+    total,
+    tpu,
+)
 
 
-def arrays(tokens: int, vocabulary: int, real: int, width: int = 8) -> tuple[Any, ...]:
+def arrays(tokens: int, vocabulary: int, real: int, width: int = 8) -> Any:
     """hidden, table, targets, and weights of the loss and of the z-loss; some of them zero."""
     rng = np.random.default_rng(0)
     hidden, table = rng.standard_normal((tokens, width)), rng.standard_normal((vocabulary, width))
@@ -118,3 +135,150 @@ def test_what_does_not_fit_is_refused():
         linear_cross_entropy(hidden, table, targets, impl="tpu")
     with pytest.raises(ValueError, match="need one floating dtype"):
         linear_cross_entropy(hidden, table.astype(np.float16), targets)
+
+
+SMALL = tpu.Tiles(tokens=128, rows=128, width=128, hidden_rows=256, hidden_width=128, table_rows=128, table_width=256)
+"""Two steps of a product in `_scores`, two of its tiles in `_d_hidden`."""
+ONE = tpu.Tiles(tokens=128, rows=128, width=256, hidden_rows=128, hidden_width=256, table_rows=256, table_width=128)
+
+
+def static_of(tiles: tpu.Tiles | None, interpret: Any = True, **keywords: Any) -> total.Static:
+    given: dict[str, Any] = dict(z_loss=0.01, scale=0.7, soft_cap=None, axis=None, tokens=128, part=64)
+    return total.Static(**{**given, **keywords}, tiles=tiles, interpret=interpret)
+
+
+def results_of_total(op: Any, inputs: Any) -> list[Any]:
+    """loss, log Z, correct, and the gradients of 3 times the total with respect to hidden, table and weights."""
+    hidden, table, targets, weights = inputs
+
+    def scaled(hidden: Any, table: Any, weights: Any) -> Any:
+        found, *rest = op(hidden, table, targets, weights)
+        return 3.0 * jnp.sum(found), rest
+
+    (_, found), grads = jax.jit(jax.value_and_grad(scaled, argnums=(0, 1, 2), has_aux=True))(hidden, table, weights)
+    return [np.asarray(x, np.float64) for x in (*found, *grads)]
+
+
+def meaning_of_total(inputs: tuple[Any, ...], z_loss: float, **keywords: Any) -> list[Any]:
+    def op(hidden: Any, table: Any, targets: Any, weights: Any) -> Any:
+        loss, log_z, correct = linear_cross_entropy(hidden, table, targets, impl="reference", **keywords)
+        return jnp.sum(weights * (loss + z_loss * jnp.square(log_z))), loss, log_z, correct
+
+    with jax.enable_x64(True):
+        return results_of_total(op, inputs)
+
+
+def single(inputs: tuple[Any, ...]) -> Any:
+    return [x if x.dtype == np.int32 else x.astype(np.float32) for x in inputs]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    tokens=st.integers(1, 9),
+    vocabulary=st.integers(1, 40),
+    padding=st.integers(0, 5),
+    part=st.sampled_from([1, 4, 16]),
+    soft_cap=st.sampled_from([None, 2.0]),
+)
+def test_a_total_by_parts_of_the_tokens_has_the_gradients_of_all_logits(tokens, vocabulary, padding, part, soft_cap):
+    inputs = arrays(tokens, vocabulary + padding, vocabulary)[:4]
+    keywords: dict[str, Any] = {"scale": 0.7, "soft_cap": soft_cap, "rows": vocabulary, "z_loss": 0.3}
+    op = functools.partial(linear_cross_entropy_total, tokens=part, **keywords)
+    got = results_of_total(op, single(inputs))
+    close(got, meaning_of_total(inputs, **keywords))
+    assert np.all(got[4][vocabulary:] == 0.0), "padding has no gradient"
+    # Without a gradient another program runs.
+    alone = jax.jit(op)(*single(inputs))
+    np.testing.assert_allclose(alone[1], got[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tiles", "soft_cap"), [(SMALL, 3.0), (ONE, None)])
+def test_the_tpu_kernels_of_a_total_equal_float64_and_race_for_nothing(tiles, soft_cap):
+    """Interpreted on two cores, NaN in what nobody wrote; tokens and rows that no tile divides."""
+    inputs = arrays(200, 700, 690, width=256)[:4]
+    inputs = (inputs[0] / 4, *inputs[1:])
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan")
+    op = functools.partial(total.total, static_of(tiles, params, rows=690, soft_cap=soft_cap))
+    got = results_of_total(op, single(inputs))
+    close(got, meaning_of_total(inputs, scale=0.7, soft_cap=soft_cap, rows=690, z_loss=0.01))
+    assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
+
+
+def test_the_tpu_kernels_in_bfloat16_stay_near_float64():
+    inputs = arrays(130, 300, 300, width=256)[:4]
+    op = functools.partial(total.total, static_of(SMALL, rows=300))
+    rounded: Any = [x if x.dtype == np.int32 else jnp.asarray(x, "bfloat16") for x in inputs[:3]]
+    exact = tuple(x if x.dtype == np.int32 else np.asarray(x, np.float64) for x in rounded)
+    got = results_of_total(op, (*rounded, inputs[3].astype(np.float32)))
+    close(got, meaning_of_total((*exact, inputs[3]), scale=0.7, rows=300, z_loss=0.01), 1e-2)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("tiles", [None, ONE])
+def test_a_total_of_a_sharded_vocabulary_is_the_same(tiles):
+    inputs = arrays(8, 48, 43, width=256)[:4]
+    inputs = (inputs[0] / 8, *inputs[1:])
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    tokens, vocabulary = PartitionSpec("data"), PartitionSpec("tensor")
+    static = static_of(tiles, rows=43, soft_cap=3.0, axis="tensor", tokens=128 if tiles else 3)
+
+    def local(*given: Any) -> Any:
+        found, *rest = total.total(static, *given)
+        return found[None], *rest
+
+    with jax.set_mesh(mesh):
+        specs = (tokens, vocabulary, tokens, tokens)
+        op = jax.shard_map(local, in_specs=specs, out_specs=(tokens,) * 4, check_vma=False)
+        got = results_of_total(op, [jax.device_put(x, spec) for x, spec in zip(single(inputs), specs, strict=True)])
+    close(got, meaning_of_total(inputs, scale=0.7, soft_cap=3.0, rows=43, z_loss=0.01))
+
+
+def test_what_a_total_reports_beside_itself_is_not_differentiated_in_silence():
+    inputs = single(arrays(5, 12, 12)[:4])
+    with pytest.raises(ValueError, match="only its total is differentiable"):
+        jax.grad(lambda x: jnp.sum(linear_cross_entropy_total(x, *inputs[1:])[1]))(inputs[0])
+    hidden, table, targets, weights = inputs
+    got = jax.grad(lambda w: linear_cross_entropy_total(hidden, table, targets, w)[0])(weights)
+    np.testing.assert_allclose(got, linear_cross_entropy_total(hidden, table, targets, weights)[1], rtol=1e-5)
+    assert explain_total("auto", 4096, "bfloat16") == (
+        "linear_cross_entropy_total: xla (on cpu) for width 4096 bfloat16"
+    )
+    assert "tpu (TPU v4; parts of 1024 tokens, bundles)" in explain_total("auto", 4096, "bfloat16", "TPU v4")
+    assert "xla (not tpu: width 96: multiples of 128)" in explain_total("auto", 96, "bfloat16", "TPU v4")
+    with pytest.raises(ValueError, match=r"tpu cannot do width 4096 float32 on TPU v4: chip .* Could: xla"):
+        explain_total("tpu", 4096, "float32", "TPU v4")
+    with pytest.raises(ValueError, match=r"weights \(3,\) for targets \(5,\)"):
+        linear_cross_entropy_total(hidden, table, targets, weights[:3])
+    with pytest.raises(ValueError, match="tokens must be a multiple of 128"):
+        tpu.Tiles(tokens=100, rows=128, width=128, hidden_rows=128, hidden_width=128, table_rows=128, table_width=128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.chip) for row in choice.rows()])
+def test_a_total_compiles_for_its_chip_and_holds_a_part_s_weights(row):
+    """The whole op and its gradient: beside the float32 sum of the table's gradient, made in place, temporaries are
+    under a twentieth of the logits.
+    """
+    tokens, vocabulary, width = 16384, 65536, 4096
+
+    def gradient(hidden: Any, table: Any, targets: Any, weights: Any) -> Any:
+        op = functools.partial(linear_cross_entropy_total, z_loss=1e-4, impl="tpu", chip=row.chip)
+        return jax.grad(lambda h, t: op(h, t, targets, weights)[0], argnums=(0, 1))(hidden, table)
+
+    operands = [jax.ShapeDtypeStruct((n, width), "bfloat16") for n in (tokens, vocabulary)]
+    operands += [jax.ShapeDtypeStruct((tokens,), dtype) for dtype in ("int32", "float32")]
+    memory = aot.compile_for(row.chip, gradient, operands).memory_analysis()
+    beside = memory.temp_size_in_bytes - 4 * vocabulary * width
+    assert beside < 4 * tokens * vocabulary / 20
+
+
+@pytest.mark.slow
+def test_the_total_s_schedule_is_the_committed_one():
+    """Within 3 % of the table on TPU v4, and no less than the matrix units need, less what waits would add."""
+    row = choice.find("bfloat16", "TPU v4")
+    assert row is not None
+    found, source = cost.cost("TPU v4", dataclasses.asdict(row.tiles))
+    assert source == row.source
+    for name, count in found.items():
+        assert abs(count - row.cost[name]) <= 0.03 * row.cost[name], f"{name}: {count}"
+        assert count >= 0.95 * cost.floor("TPU v4", row.tiles.tokens), name

@@ -48,10 +48,10 @@ def run(
     devices: int,
     microbatches: int = 1,
     steps: int = 2,
-    part: int | None = None,
+    **cut: int,
 ):
     """Loss and gradients of the first step and the state after `steps`, as numpy."""
-    model, loss, optimizer = MODEL.build(), CrossEntropy(part=part).build(MODEL.build()), Adafactor()
+    model, loss, optimizer = MODEL.build(), CrossEntropy(**cut).build(MODEL.build()), Adafactor()
     transformation = optimizer.build(model.axes)
     rules = ShardingRules(residual=residual)
     placed = mesh.build(config, jax.devices()[:devices])
@@ -94,10 +94,11 @@ def assert_equal_to_single(got):
             assert error < 1e-5, f"{name}{jax.tree_util.keystr(path)}: relative error {error:.1e}"
 
 
+@pytest.mark.parametrize("cut", ["part", "tokens"])
 @pytest.mark.parametrize("layout", ["1x8", "1x2x4 residual over tensor"])
-def test_the_loss_by_parts_of_a_sharded_vocabulary_is_that_of_all_logits(layout):
+def test_the_loss_by_parts_of_a_sharded_vocabulary_is_that_of_all_logits(layout, cut):
     """Tables whose rows, and whose columns, are spread; parts that divide neither the vocabulary nor its shards."""
-    assert_equal_to_single(run(*LAYOUTS[layout], devices=8, part=7))
+    assert_equal_to_single(run(*LAYOUTS[layout], devices=8, **{cut: 7}))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
