@@ -44,7 +44,12 @@ def as_path(path: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"{path} needs the client of Google Cloud Storage: pip install 'palmjax[gcs]'")
     # etils would take TensorFlow for gs:// wherever it is installed, and import it for ten seconds.
     os.environ.setdefault("EPATH_USE_TF", "false")
+    import fsspec.config
     from etils import epath
+
+    # gcsfs remembers listings of folders and does not see what TensorStore or another process has written since.
+    for protocol in ("gs", "gcs"):
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
     try:
         return epath.Path(path)

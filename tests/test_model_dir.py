@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import fsspec.config
 import pytest
 
 from palmjax.config import ConfigError
@@ -28,6 +29,8 @@ def test_a_bucket_needs_its_client_and_never_tensorflow(monkeypatch):
     before = "tensorflow" in sys.modules
     assert str(as_path("gs://bucket/run") / "checkpoint_3") == "gs://bucket/run/checkpoint_3"
     assert ("tensorflow" in sys.modules) == before
+    # gcsfs is given what is here as keyword arguments: else it does not see what TensorStore writes.
+    assert fsspec.config.conf["gs"]["use_listings_cache"] is False
 
 
 def test_an_unknown_scheme_is_refused_by_name():
