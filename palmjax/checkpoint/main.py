@@ -103,8 +103,9 @@ def _size(count: int) -> str:
 
 
 def _list(given: str) -> int:
+    folders = _checkpoints(given)
     print(f"{'step':>10}  {'size':>9}  {'saved':16}  {'row of the data':>15}  held-out; code")
-    for folder in _checkpoints(given):
+    for folder in folders:
         path = as_path(folder)
         try:
             info, listed = read_info(folder), seal.read(path)
@@ -144,8 +145,12 @@ def _diff(a: str, b: str, everything: bool) -> int:
 
 def _prune(given: str, newest: int, every: int | None, dry_run: bool) -> int:
     folder = as_path(given)
+    if newest < 1 or (every is not None and every < 1):
+        raise ConfigError("--keep and --keep_every are 1 or more")
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}")
+    if not any(path.name.startswith(PREFIX) for path in folder.iterdir()):
+        raise ConfigError(f"{folder} holds no checkpoint; prune takes a MODEL_DIR")
     with model_dir.lock(given):
         gone, stay = keep.prune(given, keep=newest, keep_every=every, dry_run=dry_run)
     word = "would delete" if dry_run else "deleted"

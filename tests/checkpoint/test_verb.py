@@ -107,8 +107,12 @@ def test_prune(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         main(["prune", str(folder), "--keep=1"])
     assert main(["prune", str(folder), "--keep=1", "--keep-every", "20"]) == 0
     assert checkpoint.steps(folder) == [20, 40, 50]
-    with pytest.raises(ConfigError, match=r"SaveCheckpointConfig.keep|keep = 0"):
-        main(["prune", str(folder), "--keep=0"])
+    for wrong in (["--keep=0"], ["--keep=1", "--keep_every=0"]):
+        with pytest.raises(ConfigError, match=r"--keep and --keep_every are 1 or more"):
+            main(["prune", str(folder), *wrong])
+    with pytest.raises(ConfigError, match="holds no checkpoint; prune takes a MODEL_DIR"):
+        main(["prune", str(folder / "checkpoint_50"), "--keep=1"])
+    assert not (folder / "checkpoint_50" / ".lock").exists(), "and nothing is written there"
 
 
 def test_a_prune_that_is_killed_leaves_nothing_half_deleted_by_its_name(saved: Path, tmp_path: Path) -> None:
@@ -130,12 +134,13 @@ main(["prune", {str(folder)!r}, "--keep=1"])
     assert sorted(path.name for path in folder.glob("checkpoint_*")) == ["checkpoint_30"]
 
 
-def test_folders_that_hold_none(tmp_path: Path) -> None:
+def test_folders_that_hold_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given in ("verify", "list"):
         with pytest.raises(ConfigError, match="holds no checkpoint"):
             main([given, str(tmp_path)])
         with pytest.raises(ConfigError, match="there is no"):
             main([given, str(tmp_path / "checkpoint_5")])
+    assert not capsys.readouterr().out, "no heading of an empty table"
 
 
 def test_a_changed_configuration_is_a_difference(saved: Path) -> None:
