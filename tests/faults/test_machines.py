@@ -142,10 +142,17 @@ def test_a_process_that_was_stopped_for_long_goes_on_and_is_no_hang(job: jobs.Jo
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_passed_over_by_a_real_run(job: jobs.Job, tmp_path: Path) -> None:
-    calm, folder = tmp_path / "calm", tmp_path / "run"
-    job.run(calm, *BRIEF)
-    shutil.copytree(calm, folder)
+@pytest.fixture(scope="module")
+def brief(job: jobs.Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A brief run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("brief")
+    job.run(folder, *BRIEF)
+    return folder
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_a_real_run(job: jobs.Job, brief: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(brief, folder)
     shutil.rmtree(folder / "checkpoint_12")
     (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace('"done"', '"was done"'))
     name = max(seal.files(folder / "checkpoint_8"), key=lambda n: (folder / "checkpoint_8" / n).stat().st_size)
@@ -156,20 +163,22 @@ def test_a_damaged_checkpoint_is_passed_over_by_a_real_run(job: jobs.Job, tmp_pa
     assert f"from {folder}/checkpoint_4, step 4" in text and "checkpoint_8 was passed over" in text
     (event,) = events(folder, "restore skipped")
     assert event["checkpoint"] == 8 and name in event["reason"] and Path(event["path"]).is_dir()
-    assert model_dir.steps(folder) == [4, 8, 12] and jobs.losses(folder) == jobs.losses(calm)
+    assert model_dir.steps(folder) == [4, 8, 12] and jobs.losses(folder) == jobs.losses(brief)
     verify = jobs.verb("checkpoint", "verify", str(folder))
     assert verify.count("as it was saved") == 3
-    changes, _ = inspect.diff(str(calm / "checkpoint_12"), str(folder / "checkpoint_12"))
+    changes, _ = inspect.diff(str(brief / "checkpoint_12"), str(folder / "checkpoint_12"))
     assert all(change.same for change in changes)
     assert jobs.verb("checkpoint", "verify", event["path"], code=1).count(name) == 1
 
 
-def test_a_store_that_is_cut_under_a_running_job_is_never_read_as_something_else(job: jobs.Job, tmp_path: Path) -> None:
+def test_a_store_that_is_cut_under_a_running_job_is_never_read_as_something_else(
+    job: jobs.Job, brief: Path, tmp_path: Path
+) -> None:
     """What the job has in its cache is right and is used; what it must read anew is refused by name, as the next start
     does.
     """
-    own, folder, other = jobs.Job(text=job.text, stores=str(tmp_path / "stores")), tmp_path / "run", tmp_path / "calm"
-    own.run(other, *BRIEF)
+    own, folder = jobs.Job(text=job.text, stores=str(tmp_path / "stores")), tmp_path / "run"
+    shutil.copytree(job.stores, own.stores)
     process = own.start(folder, *BRIEF, "TRAIN_STEPS=1000000")
     jobs.wait_for_step(folder, 5, process)
     files = [p for p in Path(own.stores).rglob("*") if p.is_file() and "/tokens/c/" in str(p)]
@@ -181,7 +190,7 @@ def test_a_store_that_is_cut_under_a_running_job_is_never_read_as_something_else
     text = job_error(own.run(folder, *BRIEF, "TRAIN_STEPS=1000001", code=2))
     assert "token store file" in text and "is damaged: it is shorter than" in text
     seen = jobs.losses(folder)
-    assert all(seen[step] == loss for step, loss in jobs.losses(other).items())
+    assert all(seen[step] == loss for step, loss in jobs.losses(brief).items())
 
 
 def job_error(console: str) -> str:
