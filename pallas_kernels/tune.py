@@ -1,9 +1,9 @@
 """Block sizes for a chip: tries some, writes `attention/tuned/<chip>.json`.
 
-    python -m pallas_kernels.tune                       # the TPU at hand: each candidate is timed
+    python -m pallas_kernels.tune                       # the TPU at hand: each candidate is timed; on an H100 or H200
+                                                        # `tune_gpu.py` does it
     python -m pallas_kernels.tune --chip "TPU v5"       # any TPU, through libtpu's compiler: cycles are simulated, and
                                                         # bundles are counted where it does not simulate
-    python -m pallas_kernels.tune                       # on an H100 or H200: their tables (`tune_gpu.py`)
 
 A candidate counts only if it also compiles, at the longest row it claims, with segments, prefix, window, ALiBi and
 soft-cap together, which is what takes most memory. Nothing else in the package runs or writes at import or in a kernel.

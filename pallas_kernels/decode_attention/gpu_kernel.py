@@ -82,7 +82,8 @@ class _Item(NamedTuple):
 def _for_items(work: Work, of: _Refs, visit: Callable[[_Item], None]) -> Any:
     """Visits the items of this block that have a tile; how many tiles they have.
 
-    Parts that lie side by side in the caches of all rows come first, so blocks have as much to do as each other.
+    All rows' first parts are visited first, then their second ones: blocks have as much to do as each other, however
+    unevenly the rows are filled.
     """
     block = jax.lax.axis_index("block")
 

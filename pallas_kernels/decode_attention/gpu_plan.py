@@ -7,7 +7,7 @@ import dataclasses
 from pallas_kernels.attention.gpu_plan import COMPUTE, MULTIPROCESSORS, ROWS
 
 EIGHT = 8
-"""Rows of what the copies take for one."""
+"""Rows that copies take at a time: caches, queries and results have whole eights of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
