@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from palmjax.interop.huggingface.family import Config, Family, activation_name, divided, gated
+from palmjax.interop.huggingface.family import Config, Family, activation_name, divided, gated, size_keys
 from palmjax.interop.huggingface.gpt import ATTENTION, LAYER
 from palmjax.interop.huggingface.rotary import rope_keys
 from palmjax.interop.mapping import rule
@@ -41,18 +41,12 @@ def _read(c: Config) -> Decoder:
 def _write(model: Decoder) -> dict[str, Any]:
     block: Any = model.block
     head: Any = model.head
-    attention = block.attention
     return {
-        "hidden_size": model.d_model,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
-        "intermediate_size": block.mlp.d_ff,
+        **size_keys(model),
         "layer_norm_eps": block.norm.epsilon,
         "hidden_act": activation_name(block.mlp.activation, "gelu_pytorch_tanh"),
         "logit_scale": model.d_model**-0.5 if head.logit_scale is None else head.logit_scale,
-        **rope_keys(attention.positions),
+        **rope_keys(block.attention.positions),
     }
 
 

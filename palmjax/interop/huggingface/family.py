@@ -158,6 +158,22 @@ def divided(config: Config, whole: str, parts: str) -> int:
     return config[whole] // config[parts]
 
 
+def size_keys(model: Decoder) -> dict[str, Any]:
+    """The keys of a `config.json` for widths and counts, by the names that LLaMA's relatives share.
+
+    Raises AttributeError for a block without one attention and one feed-forward layer, which no such family has.
+    """
+    block: Any = model.block
+    return {
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": block.attention.num_heads,
+        "num_key_value_heads": block.attention.num_kv_heads,
+        "head_dim": block.attention.head_dim,
+        "intermediate_size": block.mlp.d_ff,
+    }
+
+
 ACTIVATIONS: Mapping[str, ActivationPart] = {
     "gelu": GELU(),
     "gelu_python": GELU(),

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from palmjax.config import ConfigError
-from palmjax.interop.huggingface.family import Config, Family, activation_name, divided, gated, head
+from palmjax.interop.huggingface.family import Config, Family, activation_name, divided, gated, head, size_keys
 from palmjax.interop.huggingface.gpt import ATTENTION, LAYER, linear
 from palmjax.interop.huggingface.rotary import rope_keys
 from palmjax.interop.mapping import rule
@@ -47,12 +47,7 @@ def _write(model: Decoder) -> dict[str, Any]:
     block: Any = model.block
     attention = block.attention
     return {
-        "hidden_size": model.d_model,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
-        "intermediate_size": block.mlp.d_ff,
+        **size_keys(model),
         "rms_norm_eps": block.norm.epsilon,
         "hidden_act": activation_name(block.mlp.activation, "gelu_pytorch_tanh"),
         "attention_bias": attention.qkv_bias,
