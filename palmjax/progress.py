@@ -22,6 +22,7 @@ class Progress:
         self._title, self._unit, self._period = title, unit, line_period
         self._done, self._total, self._detail = 0.0, total, ""
         self._began = self._printed = time.monotonic()
+        self._shown: tuple[float, float | None, str] | None = None  # what the newest plain line told
         self._bar: Any = None
 
     def __enter__(self) -> Self:
@@ -46,7 +47,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None and self._period:
+        elif kind is None and self._period and self._shown != self._state():
             self._print()
 
     def __call__(self, done: float, total: float | None = None, detail: str = "") -> None:
@@ -67,13 +68,16 @@ class Progress:
         """Since the work began."""
         return max(time.monotonic() - self._began, 1e-9)
 
+    def _state(self) -> tuple[float, float | None, str]:
+        return self._done, self._total, self._detail
+
     def _text(self) -> str:
         whole = "" if self._total is None else f"/{self._total:,.0f}"
         count = f"{self._done:,.0f}{whole} {self._unit} ({rate(self._done / self.seconds)})"
         return f"{count}, {self._detail}" if self._detail else count
 
     def _print(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._shown = time.monotonic(), self._state()
         left = ""
         if self._total and 0 < self._done < self._total:
             left = f", {self.seconds * (self._total - self._done) / self._done:.0f} s left"

@@ -146,8 +146,10 @@ def read_documents(folder: Path, task: str) -> list[dict[str, Any]]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as a table: score, standard error, 95 % interval, spread over formats, and whatever was counted."""
-    rows = [["task", "documents", "metric", "score", "± SE", "95 % interval", "formats", "counted"]]
+    """The result as a table: score, standard error, 95 % interval, spread over formats, expected calibration error (of
+    multiple choice), and whatever was counted.
+    """
+    rows = [["task", "documents", "metric", "score", "± SE", "95 % interval", "formats", "ECE", "counted"]]
     for name, task in result["tasks"].items():
         found = task["metrics"][task["headline"]]
         scale = 100 if task["metric"]["percent"] else 1
@@ -166,6 +168,9 @@ def table(result: Mapping[str, Any]) -> str:
                 _number(found["error"], scale),
                 f"[{_number(found['low'], scale)}, {_number(found['high'], scale)}]",
                 spread_text,
+                ""
+                if (ece := task["metrics"].get("ece")) is None
+                else f"{_number(ece['value'], 1)} ± {_number(ece['error'], 1)}",
                 ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in task["counters"].items() if count),
             ]
         )
