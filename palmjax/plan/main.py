@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from palmjax import configure
 from palmjax.config import ConfigError, Experiment, MeshConfig
+from palmjax.configure.text import shipped_folders
 from palmjax.plan import build, check, chips, compiler, layouts, remedies, report, search, topology
 from palmjax.progress import Progress
 
@@ -80,7 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.remedies < 0:
         raise ConfigError(f"--remedies={options.remedies}: must be 0 (compile none) or more")
     target = topology.parse(options.topology, options.slices)
-    experiment = configure.load(flags.files, flags.bindings, flags.search_paths, placeholders=True).experiment
+    try:
+        experiment = configure.load(flags.files, flags.bindings, flags.search_paths, placeholders=True).experiment
+    except ConfigError as error:
+        if _model_alone(flags):
+            raise ConfigError(_completed(flags.files[-1], options.topology)) from error
+        raise
     if options.search:
         return _search(experiment, target, flags, options)
     if experiment.mesh == MeshConfig() and target.devices > 1:
@@ -104,6 +111,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nTO FIT  the best first")
         print("\n".join(remedies.lines(changes)) or f"  {remedies.least(experiment, target, plan)}")
     return 0 if plan.fits else 1
+
+
+def _model_alone(flags: configure.Flags) -> bool:
+    """Whether the files make a model and nothing else."""
+    try:
+        configure.load_model(flags.files, (), flags.search_paths)
+    except ConfigError:
+        return False
+    return True
+
+
+def _completed(model: str, target: str) -> str:
+    """What to plan instead of the file of a model: the shipped run of that name, or a command line."""
+    name = os.path.basename(model)
+    shipped = any((epath.Path(folder) / "exp" / name).is_file() for folder in shipped_folders())
+    parts = f"palmjax plan run/train.gin {shlex.quote(model)} optim/palm_adafactor.gin data/jsonl.gin mesh/fsdp.gin"
+    needed = f"--topology {target} --gin.BATCH_SIZE=512 --gin.TRAIN_STEPS=100000"
+    return (
+        f"{model} is a model alone, without mesh, batch and data; plan "
+        + (f"gin/exp/{name}, or, with values of your own:" if shipped else "a run of it:")
+        + f"\n  {parts} {needed} --gin.TASK_FEATURE_LENGTHS='{{\"targets\": 2048}}'"
+    )
 
 
 def _remedies(

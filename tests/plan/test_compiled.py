@@ -219,6 +219,12 @@ def test_what_is_asked_wrongly_is_said_in_a_line(arguments: list[str], words: st
     assert words in str(error.value) and len(str(error.value).splitlines()) <= 2
 
 
+def test_a_model_alone_is_named_and_completed() -> None:
+    with pytest.raises(ConfigError, match=r"model alone.*plan gin/exp/palm_8b\.gin, or") as error:
+        main.main(["gin/models/palm_8b.gin", "--topology", "v4:2x2x1"])
+    assert len(str(error.value).splitlines()) == 2
+
+
 def test_without_the_compiler_the_extra_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real child process that cannot see libtpu: a finder in front of the path hides it."""
     (tmp_path / "sitecustomize.py").write_text(
