@@ -86,7 +86,7 @@ def _receive(
     run: RunFile,
     vocabulary: Vocabulary,
     planned: Mapping[str, Tensor],
-    source: transfer.Foreign,
+    source: transfer.Source,
     *,
     files: Sequence[Path],
     carried: Sequence[Path],
@@ -270,7 +270,7 @@ def to_huggingface(
     total = 4 * sum(math.prod(tensor.shape) for tensor in planned.values())
     with _progress(f"palmjax to {family.model_type}", total) as progress:
         reader = Reader(opened.path / "state")
-        transfer.send(planned, reader, folder.Tensors(placed, writable=True), staging, progress)
+        transfer.send(planned, reader, folder.NewTensors(placed), staging, progress)
     _write_beside(staging.folder, beside, config, opened.info.vocabulary)
     staging.commit()
     return str(target)

@@ -24,7 +24,10 @@ Take = tuple[int, int]
 """First index and end of a range; negative numbers count from the end, and an end of 0 is the end."""
 
 TILE = 128
-"""Values along each side of a transposed tile: two tiles of float32 fit a core's L2 cache."""
+"""Values along each side of a transposed tile: it fits a core's L2 cache, and a call costs little beside copying it."""
+PADDING = 16
+"""Values between the rows of a tile: with rows a power of two apart, as in most models, a column would lie in a few
+sets of the cache and push itself out."""
 
 
 @functools.cache
@@ -137,21 +140,23 @@ def _split(part: slice, group: tuple[int, ...]) -> Iterator[tuple[slice, tuple]]
 
 
 def copy(to: np.ndarray, source: np.ndarray) -> None:
-    """`to[...] = source`, in tiles where one is transposed: five times as fast as numpy's own order for float32."""
+    """`to[...] = source`, in tiles where one is transposed: many times as fast as in numpy's own order."""
     rows, columns = _fastest(to), _fastest(source)
     if rows == columns or to.size < TILE * TILE:
         to[...] = source
         return
+    tile = np.empty((TILE, TILE + PADDING), source.dtype)
     others = [range(size) if axis not in (rows, columns) else (slice(None),) for axis, size in enumerate(to.shape)]
     for index in itertools.product(*others):
-        # Kept as slices, so that the two axes keep their places.
-        index = tuple(slice(i, i + 1) if isinstance(i, int) else i for i in index)
         target, values = to[index], source[index]
-        for i in range(0, to.shape[rows], TILE):
-            for j in range(0, to.shape[columns], TILE):
-                tile: list[Any] = [slice(None)] * to.ndim
-                tile[rows], tile[columns] = slice(i, i + TILE), slice(j, j + TILE)
-                target[tuple(tile)] = values[tuple(tile)]
+        if columns < rows:
+            target, values = target.T, values.T
+        for i in range(0, target.shape[0], TILE):
+            for j in range(0, target.shape[1], TILE):
+                piece = values[i : i + TILE, j : j + TILE]
+                held = tile[: piece.shape[0], : piece.shape[1]]
+                held[...] = piece
+                target[i : i + TILE, j : j + TILE] = held
 
 
 def _fastest(array: np.ndarray) -> int:

@@ -80,6 +80,40 @@ class Mapped:
         self._maps.clear()
 
 
+BUFFERED_BYTES = 32 << 20
+"""Most bytes of a new tensor that is put together in memory."""
+
+
+class Buffered:
+    """Tensors to be written. Up to `BUFFERED_BYTES` they are put together in memory: a page of a map that is filled
+    for the first time costs its zeroing and a fault. Larger ones are maps.
+    """
+
+    def __init__(self):
+        self._mapped, self._held = Mapped(writable=True), {}
+
+    def array(self, tensor: Tensor) -> np.ndarray:
+        """What becomes the tensor, to be filled."""
+        if tensor.nbytes > BUFFERED_BYTES:
+            return self._mapped.array(tensor)
+        return self._held.setdefault(tensor, np.empty(tensor.shape, DTYPES[tensor.dtype]))
+
+    def forget(self, tensor: Tensor) -> None:
+        """Takes what is filled of a map out of this process's memory."""
+        if tensor not in self._held:
+            self._mapped.forget(tensor)
+
+    def put(self, tensor: Tensor) -> None:
+        """The array is filled: writes it. Raises OSError."""
+        if tensor not in self._held:
+            return self._mapped.forget(tensor)
+        data = memoryview(self._held.pop(tensor).reshape(-1).view(np.uint8))
+        with tensor.file.open("r+b", buffering=0) as file:
+            file.seek(tensor.start)
+            while data:
+                data = data[file.write(data) :]
+
+
 # --- reading -------------------------------------------------------------------------------------------------------
 
 

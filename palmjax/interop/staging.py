@@ -7,15 +7,20 @@ command goes on behind the last of them; another source or another result begins
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from palmjax.config import ConfigError
+
+FLUSHES = 4
+"""Files that are flushed at a time: one after the other, the disk would stand still between them."""
 
 
 class Staging:
@@ -27,6 +32,7 @@ class Staging:
         self.folder = final.with_name(f"{final.name}.converting")
         self._progress = final.with_name(f"{final.name}.progress")
         self.done: set[str] = set()
+        self._disk, self._flushing = ThreadPoolExecutor(FLUSHES), None
         try:
             self._open(json.dumps(identity, sort_keys=True) + "\n")
         except OSError as error:
@@ -49,11 +55,23 @@ class Staging:
         with self._progress.open("a") as file:
             file.write("".join(json.dumps(part) + "\n" for part in parts))
         self.done.update(parts)
+        if self._flushing is None or self._flushing.done():  # so that little is left to be flushed at the end
+            self._await_flushing()
+            self._flushing = self._disk.submit(self._flush_behind)
+
+    def _flush_behind(self) -> None:
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # TensorStore renames its files
+                _flush(path)
+
+    def _await_flushing(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()  # the system tells an error of the disk once: no later flush would
 
     def commit(self) -> None:
         """Flushes every file to the disk and gives the folder its name."""
-        for path in (*self.folder.rglob("*"), self.folder):
-            _flush(path)
+        self._await_flushing()
+        list(self._disk.map(_flush, (*self.folder.rglob("*"), self.folder)))
         self.folder.rename(self.final)
         _flush(self.final.parent)
         self._progress.unlink()

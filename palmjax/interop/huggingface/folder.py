@@ -100,16 +100,32 @@ def max_length(config: Mapping[str, Any]) -> int:
 
 
 class Tensors:
-    """Tensors of safetensors files as `transfer.Foreign`."""
+    """Tensors of safetensors files as `transfer.Source`."""
 
-    def __init__(self, tensors: Mapping[str, safetensors_files.Tensor], writable: bool = False):
-        self._tensors, self._mapped = tensors, safetensors_files.Mapped(writable)
+    def __init__(self, tensors: Mapping[str, safetensors_files.Tensor]):
+        self._tensors, self._mapped = tensors, safetensors_files.Mapped()
 
     def array(self, name: str) -> np.ndarray:
         return self._mapped.array(self._tensors[name])
 
     def forget(self, name: str) -> None:
         self._mapped.forget(self._tensors[name])
+
+
+class NewTensors:
+    """Tensors of safetensors files that were made to be filled, as `transfer.Target`."""
+
+    def __init__(self, tensors: Mapping[str, safetensors_files.Tensor]):
+        self._tensors, self._buffered = tensors, safetensors_files.Buffered()
+
+    def array(self, name: str) -> np.ndarray:
+        return self._buffered.array(self._tensors[name])
+
+    def forget(self, name: str) -> None:
+        self._buffered.forget(self._tensors[name])
+
+    def put(self, name: str) -> None:
+        self._buffered.put(self._tensors[name])
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def check(checkpoint: reading.Checkpoint, planned: Mapping[str, Tensor]) -> None
 
 
 class Arrays:
-    """A checkpoint's parameters as `transfer.Foreign`; one is in memory at a time."""
+    """A checkpoint's parameters as `transfer.Source`; one is in memory at a time."""
 
     def __init__(self, arrays: Mapping[tuple[str, ...], reading.LazyArray]):
         self._arrays = {"/".join(name): array for name, array in arrays.items()}
