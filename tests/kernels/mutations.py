@@ -23,8 +23,11 @@ DECODE = "pallas_kernels/decode_attention/tpu.py"
 DECODE_TEST = "tests/kernels/test_decode_attention.py::test_the_tpu_kernel_sees_what_is_filled_and_nothing_else"
 PLAIN = f"{TPU}::test_kernels_equal_float64_forward_and_backward"
 RACES = f"{TPU}::test_two_cores_race_for_nothing_and_read_nothing_unwritten"
-LOSS = "pallas_kernels/linear_cross_entropy/xla.py"
-LOSS_TEST = "tests/kernels/test_linear_cross_entropy.py::test_a_vocabulary_sharded_over_a_mesh_axis_gives_the_same"
+LOSS, TOTAL, TOTAL_TPU = (f"pallas_kernels/linear_cross_entropy/{name}.py" for name in ("xla", "total", "tpu"))
+LOSS_FILE = "tests/kernels/test_linear_cross_entropy.py"
+LOSS_TEST = f"{LOSS_FILE}::test_a_vocabulary_sharded_over_a_mesh_axis_gives_the_same"
+TOTAL_TEST = f"{LOSS_FILE}::test_the_tpu_kernels_of_a_total_equal_float64_and_race_for_nothing"
+TOTAL_SHARDED = f"{LOSS_FILE}::test_a_total_of_a_sharded_vocabulary_is_the_same"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,23 @@ MUTATIONS = {
     "loss: z-loss has no gradient": Mutation(LOSS, "(d_loss + d_log_z)[:, None]", "d_loss[:, None]", LOSS_TEST),
     "loss: shards' cotangents not added": Mutation(
         LOSS, "d_loss, d_log_z = jax.lax.psum((d_loss, d_log_z), static.axis)", "pass", LOSS_TEST
+    ),
+    "total: padding gets probability": Mutation(TOTAL_TPU, "row < real_ref[0]", "row < real_ref[0] + 1", TOTAL_TEST),
+    "total: first sums not zeroed": Mutation(TOTAL_TPU, "out_ref[...] = jnp.zeros_like(out_ref)", "pass", TOTAL_TEST),
+    "total: soft-cap's derivative left out": Mutation(
+        TOTAL_TPU, "(exps if tanh is None else exps * (1.0 - tanh * tanh))", "exps", TOTAL_TEST
+    ),
+    "total: a part's gradient replaces the sum": Mutation(
+        TOTAL_TPU, "after[...] = before[...] + dot", "after[...] = dot", TOTAL_TEST
+    ),
+    "total: tiles' own maximum left in": Mutation(
+        TOTAL_TPU, "share = jnp.exp(top - most)", "share = jnp.ones_like(top)", TOTAL_TEST
+    ),
+    "total: the next device's targets are padding's": Mutation(
+        TOTAL, "jnp.where((t >= begin) & (t < begin + real), t - begin, -1)", "t - begin", TOTAL_SHARDED
+    ),
+    "total: shards' cotangents not added": Mutation(
+        TOTAL, "d_total = jax.lax.psum(d_total, static.axis)", "pass", TOTAL_SHARDED
     ),
 }
 

@@ -66,7 +66,8 @@ EXAMPLES = [
     (Example(length=420, heads=4, kv_heads=1, width=64, rows=1, cuts=(1, 2, 200, 419), soft_cap=2.0), PARTS),
     # A prefix-LM, packed, with distances of both signs.
     (Example(length=300, heads=2, kv_heads=2, width=64, cuts=(130,), prefixes=(40, 170), alibi=True), SMALL),
-    (Example(length=260, heads=48, kv_heads=1, width=64, rows=1, mask=Mask(causal=False), cuts=(64,)), SMALL),
+    # A block of two segments whose keys are more than a tile beyond the shorter one's end: a whole tile is masked.
+    (Example(length=520, heads=48, kv_heads=1, width=64, rows=1, mask=Mask(causal=False), cuts=(130,)), SMALL),
     # ALiBi in blocks with padding queries, whose scores would grow without bound over the whole tiles before them.
     (Example(length=330, heads=2, kv_heads=1, width=64, rows=1, alibi=True), SMALL),
     # Blocks of more tokens than a chunk has keys: several chunks are cut by the diagonal.
