@@ -115,9 +115,9 @@ def draw_key(prompt: Sequence[int]) -> int:
 
 
 COUNTERS = (*COUNTED, "ties", "near_ties", "extraction_failures", "length_stops", "duplicates")
-"""What is counted beside a score: shots_dropped and truncated (documents), boundary_merges (questions), ties (documents
-whose best choice was not alone), near_ties (where the next one was less than `score.NEAR` away, in the headline's
-figure), extraction_failures and length_stops (outputs), duplicates (documents)."""
+"""What is counted beside a score: shots_dropped and truncated (documents), boundary_merges and longer_than_a_row
+(questions), ties (documents whose best choice was not alone), near_ties (where the next one was less than `score.NEAR`
+away, in the headline's figure), extraction_failures and length_stops (outputs), duplicates (documents)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ def count(asked: Asked, answered: Sequence[Answered], headline: str) -> dict[str
     counted: dict[str, int] = {name: 0 for name in COUNTERS}
     for prompt in asked.prompts:
         for name, number in prompt.counts.items():
-            counted[name] += number if name == "boundary_merges" else bool(number)
+            counted[name] += number if name in ("boundary_merges", "longer_than_a_row") else bool(number)
     for one in answered:
         counted["length_stops"] += int(one.values.get("length_stops", 0))
         gap = one.values.get(f"{GAP}{headline}", one.values.get(f"{GAP}acc", math.inf))

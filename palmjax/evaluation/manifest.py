@@ -23,7 +23,8 @@ RULES = {
     "bos": "once, at the front of every prompt whose vocabulary has one there; alone where there is no context",
     "rolling": "disjoint windows, the first behind BOS, the last with all the context a row holds; BOS is never scored",
     "overflow": "exemplars are dropped whole, the farthest first (shots_dropped); then the context of all of a "
-    "document's questions is cut at its left behind BOS (truncated), or refused",
+    "document's questions is cut at its left behind BOS (truncated), or refused; a choice longer than a row is read in "
+    "windows as in rolling, behind the context's last token (longer_than_a_row)",
     "ties": "share the credit and are counted, in the headline's figure (ties); so are choices less than 0.01 apart "
     "(near_ties)",
     "exemplars": "from the train split, by SHA-256 of (seed, document id) or (seed, group)",

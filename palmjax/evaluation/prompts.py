@@ -182,7 +182,7 @@ class Encoded:
     prompt: tuple[int, ...] = ()
 
 
-COUNTED = ("shots_dropped", "truncated", "boundary_merges")
+COUNTED = ("shots_dropped", "truncated", "boundary_merges", "longer_than_a_row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Prompt:
     """All that is asked about a document. hash: of its texts and ids. shots: ids of the exemplars shown.
 
     counts: shots_dropped, truncated (1 if the context lost tokens at its left), boundary_merges (questions with a token
-    that spans context and continuation).
+    that spans context and continuation), longer_than_a_row (questions whose continuation alone is).
     """
 
     document: Document
@@ -209,7 +209,8 @@ class Prompt:
 class Prompter:
     """Makes a document's prompt: description, exemplars with `separator` behind each, question.
 
-    cut: whether a prompt that is too long without any exemplar loses tokens at its left; otherwise it is refused.
+    cut: whether a prompt that is too long without any exemplar loses tokens at its left, and a continuation longer than
+    a row is read in windows behind the context's last token; otherwise it is refused.
     """
 
     form: FormPart
@@ -231,10 +232,10 @@ class Prompter:
                 told = [self._led(question, lead) for question in questions]
                 if self._fits(told) or dropped == len(examples):
                     break
-            encoded, truncated, merges = self._finish(told)
+            encoded, counts = self._finish(told)
         except ConfigError as error:
             raise ConfigError(f"{document.where}: {error}") from error
-        counts = {"shots_dropped": dropped, "truncated": int(truncated), "boundary_merges": merges}
+        counts = {"shots_dropped": dropped, **counts}
         return Prompt(document, tuple(shot.id for shot in shots[dropped:]), tuple(encoded), counts)
 
     def _led(self, question: Question, lead: str) -> tuple[Question, list[int], list[int], bool]:
@@ -261,19 +262,23 @@ class Prompter:
             for question, context, continuation, _ in told
         )
 
-    def _finish(self, told: list[tuple[Question, list[int], list[int], bool]]) -> tuple[list[Encoded], bool, int]:
-        """(encoded, truncated, merges). Contexts are all cut to the room beside the longest continuation."""
+    def _finish(self, told: list[tuple[Question, list[int], list[int], bool]]) -> tuple[list[Encoded], dict[str, int]]:
+        """(encoded, what was counted). Contexts are all cut to the room beside the longest continuation that fits."""
+        limit = self.encoder.max_length
         asked = [one for one in told if not isinstance(one[0], Read)]
-        longest = max((self._new_tokens(question, continuation) for question, _, continuation, _ in asked), default=0)
-        room, limit = self.encoder.max_length - longest, self.encoder.max_length
+        longer = sum(len(continuation) > limit for _, _, continuation, _ in asked)
+        follows = [self._new_tokens(question, ids) for question, _, ids, _ in asked if len(ids) <= limit]
+        longest = max(follows, default=0)
+        room = limit - longest
         if room < 1:
             raise ConfigError(
                 f"{longest + 1} tokens follow the context, and a row has {limit}; no context fits before them"
             )
         needed = max((len(context) for _, context, _, _ in asked), default=0)
-        if needed > room and not self.cut:
+        if (needed > room or longer) and not self.cut:
+            most = max((len(context) + self._new_tokens(one, ids) for one, context, ids, _ in asked), default=0)
             raise ConfigError(
-                f"the prompt has {needed + longest} tokens without exemplars, and a row has {limit}; "
+                f"the prompt has {most} tokens without exemplars, and a row has {limit}; "
                 "Task.on_overflow = 'truncate_left' cuts it"
             )
         encoded = []
@@ -282,8 +287,14 @@ class Prompter:
                 encoded.append(Encoded(question, tuple(self.encoder.windows(question.text))))
             elif isinstance(question, Write):
                 encoded.append(Encoded(question, prompt=tuple(self.encoder.cut(context, room))))
+            elif len(continuation) > limit:
+                encoded.append(Encoded(question, tuple(rolling(continuation, context[-1], limit))))
             else:
                 request = Request(tuple(self.encoder.cut(context, room)), tuple(continuation))
                 encoded.append(Encoded(question, (request,)))
-        merges = sum(merged for *_, merged in told)
-        return encoded, needed > room, merges
+        counts = {
+            "truncated": int(needed > room),
+            "boundary_merges": sum(merged for *_, merged in told),
+            "longer_than_a_row": longer,
+        }
+        return encoded, counts

@@ -27,8 +27,8 @@ class Task:
     description: a template before everything; separator: one behind each exemplar.
     headline: the metric that stands for the task ("" for the form's first).
     on_overflow: what happens to a prompt that is too long. Exemplars are dropped first, whole, the farthest from the
-    question first; if that is not enough, "truncate_left" cuts the context from its left and "error" stops. Both are
-    counted.
+    question first; if that is not enough, "truncate_left" cuts the context from its left (and reads a choice that is
+    longer than a row in windows) and "error" stops. All is counted.
     """
 
     name: str

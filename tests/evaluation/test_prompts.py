@@ -15,7 +15,7 @@ from palmjax.data.vocabulary import Bytes, HuggingFace, Vocabulary
 from palmjax.evaluation import evaluate
 from palmjax.evaluation.documents import Document
 from palmjax.evaluation.forms import Ask, Choices, Generate, Rolling
-from palmjax.evaluation.prompts import Drawn, Encoder, Prompt, Prompter, Shared
+from palmjax.evaluation.prompts import COUNTED, Drawn, Encoder, Prompt, Prompter, Shared
 from palmjax.evaluation.records import Records
 from palmjax.evaluation.tasks import Suite, Task
 from palmjax.evaluation.templates import Style, styles, template
@@ -140,7 +140,7 @@ def test_a_token_that_spans_context_and_continuation_is_scored_and_counted(tmp_p
     form = Choices(context="Ans", continuation="{choice}", unconditional=None)
     document = Document(id="0", where="here:1", texts={}, choices=("wer", "!"), scores=(1.0, 0.0))
     prompt = Prompter(form=form, draw=lambda d: (), encoder=Encoder(vocabulary, 64))(document)
-    assert prompt.counts == {"shots_dropped": 0, "truncated": 0, "boundary_merges": 1}
+    assert prompt.counts == {"shots_dropped": 0, "truncated": 0, "boundary_merges": 1, "longer_than_a_row": 0}
 
 
 def test_bos_stands_once_or_where_the_vocabulary_has_none_only_for_an_empty_context(tmp_path: Path) -> None:
@@ -192,21 +192,32 @@ def test_too_long_a_prompt_drops_whole_exemplars_first_then_its_left_and_says_so
     # "q0? a\n" is 6 bytes, "what?" 5, BOS 1, " yes" 4 of which the last is not read: 27 in all
     assert prompter(27)(document).counts == whole.counts
     fewer = prompter(26)(document)
-    assert fewer.counts == {"shots_dropped": 1, "truncated": 0, "boundary_merges": 0}
+    assert fewer.counts == dict.fromkeys(COUNTED, 0) | {"shots_dropped": 1}
     assert fewer.shots == whole.shots[1:]  # the farthest goes first
     cut = prompter(8)(document)
-    assert cut.counts == {"shots_dropped": 3, "truncated": 1, "boundary_merges": 0}
+    assert cut.counts == dict.fromkeys(COUNTED, 0) | {"shots_dropped": 3, "truncated": 1}
     (yes, no) = (one.requests[0] for one in cut.encoded)
     assert yes.context == no.context == (0, *Bytes().encode("hat?"))  # BOS stays, and both choices see the same
     with pytest.raises(ConfigError, match=r"file:3: the prompt has 9 tokens .* a row has 8"):
         prompter(8, cut=False)(document)
-    with pytest.raises(ConfigError, match="file:3: 4 tokens follow the context, and a row has 3"):
-        prompter(3)(document)
+    windows = prompter(3)(document)  # " yes" alone is longer
+    assert windows.counts == {**cut.counts, "longer_than_a_row": 1}
+    mark = Bytes().encode("?")
+    yes, no = (one.requests for one in windows.encoded)
+    assert [(r.context, r.continuation) for r in yes] == [
+        (tuple(mark), tuple(Bytes().encode(" ye"))),
+        (tuple(Bytes().encode(" ye")), tuple(Bytes().encode("s"))),
+    ]
+    assert [(r.context, r.continuation) for r in no] == [((0,), tuple(Bytes().encode(" no")))]
+    with pytest.raises(ConfigError, match=r"file:3: the prompt has 9 tokens .* a row has 3"):
+        prompter(3, cut=False)(document)
 
 
 def test_a_generated_text_has_its_room_reserved() -> None:
     form = Generate(context="{q}", target="", max_new_tokens=6)
     document = Document(id="x", where="file:3", texts={"q": "abcdefgh"}, answers=("z",))
+    with pytest.raises(ConfigError, match="file:3: 6 tokens follow the context, and a row has 5"):
+        Prompter(form=form, draw=lambda d: (), encoder=Encoder(Bytes(), 5))(document)
     prompt = Prompter(form=form, draw=lambda d: (), encoder=Encoder(Bytes(), 10))(document)
     assert prompt.encoded[0].prompt == (0, *Bytes().encode("efgh")) and prompt.counts["truncated"] == 1
 
