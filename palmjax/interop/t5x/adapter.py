@@ -3,7 +3,9 @@
 In T5X's gin (its dynamic registration configures palmjax's dataclasses as they are):
 
     from palmjax.interop.t5x import adapter
-    from palmjax.models import attention, decoder, layers
+    from palmjax.models import attention
+    from palmjax.models import decoder
+    from palmjax.models import layers
     MODEL = @models.DecoderOnlyModel()
     models.DecoderOnlyModel.module = @adapter.PalmjaxDecoder()
     adapter.PalmjaxDecoder.config = @decoder.Decoder()
