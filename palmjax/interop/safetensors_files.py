@@ -165,8 +165,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            found = {name: _entry(path, entry, 8 + length) for name, entry in entries.items()}
+            found = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
             ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in entries.items()}
+        except ConfigError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} has a damaged header: {error!r}") from error
     for name, tensor in found.items():
@@ -181,9 +183,12 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _entry(path: Path, entry: Mapping[str, Any], data: int) -> Tensor:
+def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int) -> Tensor:
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']!r} is none of {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"{path}: {name!r} is of dtype {entry['dtype']}, and what is read is {', '.join(DTYPES)}\n"
+            "quantized weights are converted by the stack that made them: save the checkpoint in bfloat16 there"
+        )
     shape = tuple(int(size) for size in entry["shape"])
     return Tensor(file=path, dtype=entry["dtype"], shape=shape, start=data + int(entry["data_offsets"][0]))
 
@@ -238,4 +243,4 @@ def _create_file(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]
             file.flush()
             os.posix_fallocate(file.fileno(), 0, data + end)
     del header["__metadata__"]
-    return {name: _entry(path, entry, data) for name, entry in header.items()}
+    return {name: _entry(path, name, entry, data) for name, entry in header.items()}

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -86,6 +87,12 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "a wrong dtype": (
         lambda folder: rewritten(folder, lambda tensors: tensors.update({"model.norm.weight": np.zeros(32, np.int64)})),
         ["'model.norm.weight'", "I64", "F32"],
+    ),
+    "an 8-bit float": (
+        lambda folder: rewritten(
+            folder, lambda tensors: tensors.update({"model.norm.weight": np.zeros(32, ml_dtypes.float8_e4m3fn)})
+        ),
+        ["model.safetensors: 'model.norm.weight'", "F8_E4M3", "BF16"],
     ),
     "a truncated file": (truncated, ["model.safetensors", "truncated", "bytes"]),
     "not a safetensors file": (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), ["model.safetensors"]),
