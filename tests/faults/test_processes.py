@@ -35,8 +35,12 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 
 
 def start(job: jobs.Job, folder: Path, instant: str, metadata: str = "") -> list[subprocess.Popen[str]]:
-    """Two processes of one device, on poisoned data; see `poison`. metadata: the server that process 1 asks."""
-    flags = [jobs.GIN, *(f"--gin.{binding}" for binding in runs.bindings(job, folder, *runs.SPIKE))]
+    """Two processes of one device, on poisoned data; see `poison`. metadata: the server that process 1 asks.
+
+    They do not end by themselves: on a busy machine `runs.STEPS` may be done before it is heard that they have to go.
+    """
+    bindings = runs.bindings(job, folder, *runs.SPIKE, "TRAIN_STEPS=1000000")
+    flags = [jobs.GIN, *(f"--gin.{binding}" for binding in bindings)]
     command = [sys.executable, "-m", "tests.faults.poison", *map(str, runs.POISON), instant, *flags]
     together = [f"--coordinator_address=localhost:{free_port()}", "--process_count=2"]
     return [
@@ -72,8 +76,8 @@ def test_two_processes_rewind_alike_and_leave_together(job, finished, tmp_path):
     assert (here.step, here.to, here.skips) == (there.step, there.to, there.skips)
     losses, alone = runs.losses(folder), runs.losses(finished.defended)
     last = max(losses)
-    assert sorted(losses) == list(range(1, last + 1)) and 58 <= last < runs.STEPS, "preempted on its way"
-    assert all(losses[step] == pytest.approx(alone[step], rel=1e-3) for step in losses)
+    assert sorted(losses) == list(range(1, last + 1)) and last >= 58, "preempted on its way"
+    assert all(losses[step] == pytest.approx(alone[step], rel=1e-3) for step in losses.keys() & alone.keys())
     assert model_dir.newest(folder) == last and not inspect.verify(str(folder / f"checkpoint_{last}")).problems
     listed = json.loads((folder / f"checkpoint_{last}" / "checksums.json").read_text())["files"]
     assert {0, 1} <= {int(name.split("ocdbt.process_")[1][0]) for name in listed if "ocdbt.process_" in name}
