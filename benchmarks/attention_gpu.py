@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import decode_attention_gpu
-from benchmarks.gpu_timing import Timing, card, samples, summary
+from benchmarks.gpu_timing import TOLERANCE, Timing, card, difference, failure, samples, summary
 from pallas_kernels.attention import Case, Mask, attention
 from pallas_kernels.attention.choice import refusals
 
@@ -45,8 +45,6 @@ TOKENS = 16384
 HEADS = ((16, 1), (32, 1), (48, 1), (8, 8))
 LENGTHS = (2048, 4096, 8192, 16384)
 SETS = 3
-TOLERANCE = 2e-2
-"""Of the difference from float32 by norm: bfloat16 keeps 8 bits."""
 
 
 def shape_flops(shape: tuple[int, ...], backward: bool) -> float:
@@ -119,7 +117,7 @@ def errors(both: Passes, segments: jax.Array | None, shape: tuple[int, ...]) -> 
         want, true_pullback = plain()[0](*wide[:3], segments)
         wanted = [want, *plain()[1](true_pullback, wide[3])]
     pairs = zip([out, *both[1](pullback, given[3])], wanted, strict=True)
-    return [float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) for a, b in pairs]
+    return [difference(got, want) for got, want in pairs]
 
 
 def measure(shape: tuple[int, ...], chip: str, ours: str, timing: Timing) -> dict[str, Any]:
@@ -131,8 +129,8 @@ def measure(shape: tuple[int, ...], chip: str, ours: str, timing: Timing) -> dic
         both = passes(function)
         try:
             found[name] = {"errors": errors(both, segments, shape)}
-        except Exception as error:  # a peer may refuse, or fail, in any way; the others go on
-            found[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        except Exception as error:
+            found[name] = failure(error)
             continue
         if max(found[name]["errors"]) < TOLERANCE:
             right[name] = both

@@ -1,4 +1,4 @@
-"""Timing on a GPU for the benchmarks: calls in queues, implementations in turns, and what the card itself does."""
+"""What the benchmarks on a GPU share: who is right, calls in queues, implementations in turns, the card's own rates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+TOLERANCE = 2e-2
+"""Of the difference from float32 by norm: bfloat16 keeps 8 bits."""
+
+
+def difference(got: jax.Array, want: jax.Array) -> float:
+    """By norm, of `want`, which is float32."""
+    return float(jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want))
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """What is reported of an implementation that refuses, or fails, in whatever way; the others go on."""
+    return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
 
 
 def queue_seconds(call: Callable[[int], object], count: int) -> float:

@@ -156,7 +156,7 @@ def provenance() -> dict[str, str]:
 
 def path_of(chip: str) -> Path:
     """The table's file of a chip."""
-    return table.FOLDER / f"{chip.lower().replace(' ', '_')}.json"
+    return table.FOLDER / table.file_name(chip)
 
 
 def main(argv: list[str] | None = None) -> None:

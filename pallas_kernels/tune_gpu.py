@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention import Mask, gpu_table
 from pallas_kernels.attention import reference as plain
 from pallas_kernels.attention.gpu_plan import Ring, Stream, Tuning
-from pallas_kernels.attention.table import FOLDER
+from pallas_kernels.attention.table import FOLDER, file_name
 from pallas_kernels.decode_attention import gpu_plan as decode_plan
 from pallas_kernels.decode_attention import gpu_table as decode_table
 from pallas_kernels.decode_attention import reference as plain_decode
@@ -205,14 +205,15 @@ def tables(device: str, setting: Setting) -> dict[Path, list[dict[str, Any]]]:
     if reasons := gpu_table.unknown(gpu_table.rows(), device):
         raise ValueError(f"tune: {reasons[0]}")
     found: dict[Path, list[dict[str, Any]]] = {}
-    for row in gpu_table.rows():
-        if device.startswith(row.chip):
-            path = FOLDER / f"{row.chip.lower().replace(' ', '_')}.json"
-            found.setdefault(path, []).append(attention_row(row.chip, row.head_dim, row.tuning, setting))
-    for row in decode_table.rows():
-        if device.startswith(row.chip):
-            path = decode_table.FOLDER / f"{row.chip.lower().replace(' ', '_')}.json"
-            found.setdefault(path, []).append(decode_row(row.chip, row.head_dim, row.tuning, setting))
+
+    def add(folder: Path, rows: Iterable[gpu_table.Row[Any]], best_row: Callable[..., dict[str, Any]]) -> None:
+        for row in rows:
+            if device.startswith(row.chip):
+                of_chip = found.setdefault(folder / file_name(row.chip), [])
+                of_chip.append(best_row(row.chip, row.head_dim, row.tuning, setting))
+
+    add(FOLDER, gpu_table.rows(), attention_row)
+    add(decode_table.FOLDER, decode_table.rows(), decode_row)
     return found
 
 

@@ -77,7 +77,7 @@ def choose(impl: str, case: Case, chip: str | None) -> Choice:
     if impl == "gpu":
         row = gpu_table.find(case, chip)
         assert row is not None
-        return Choice(impl, f"named; block sizes of the row for head_dim {row.head_dim}, {row.found}", row)
+        return Choice(impl, f"named; {row.sizes}", row)
     return Choice(impl, "named", table.find(case, chip) if impl == "tpu" and chip else None)
 
 
@@ -98,7 +98,7 @@ def _auto(case: Case, chip: str | None) -> Choice:
         row = gpu_table.find(case, chip)
         assert row is not None
         if row.source == "measured":
-            return Choice("gpu", f"{chip}; block sizes of the row for head_dim {row.head_dim}, measured", row)
+            return Choice("gpu", f"{chip}; {row.sizes}", row)
         # What has never run on the hardware runs there when it is named, and by itself once it has been measured.
         ours = f"; gpu, which could, is {row.found}"
     # cuDNN stays a named choice: its backward pass does not promise the same bits twice.

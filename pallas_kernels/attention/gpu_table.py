@@ -37,6 +37,11 @@ class Row(Generic[T]):
         """The source, for people."""
         return "compiled for sm_90a, not timed" if self.source == "compiled" else self.source
 
+    @property
+    def sizes(self) -> str:
+        """Which row it is and how it was found, for people."""
+        return f"block sizes of the row for head_dim {self.head_dim}, {self.found}"
+
 
 def read(folder: Path, tuning: Callable[[dict[str, Any]], T]) -> tuple[Row[T], ...]:
     """All rows of a folder's files."""

@@ -18,6 +18,11 @@ from pallas_kernels.attention.tpu_plan import LANES, Blocks
 FOLDER = Path(__file__).parent / "tuned"
 
 
+def file_name(chip: str) -> str:
+    """Of a chip's rows, in the folder of any op."""
+    return f"{chip.lower().replace(' ', '_')}.json"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """What was found for one shape on one chip.

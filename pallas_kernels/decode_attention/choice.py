@@ -100,7 +100,7 @@ def choose(impl: str, case: Case, chip: str | None) -> Choice:
         if impl == "gpu":
             found = gpu_table.find(case, chip)
             assert found is not None
-            return Choice(impl, f"named; block sizes of the row for head_dim {found.head_dim}, {found.found}", found)
+            return Choice(impl, f"named; {found.sizes}", found)
         return Choice(impl, "named", find(case, chip) if impl == "tpu" else None)
     if chip is None or not chip.startswith("TPU"):
         return _auto_elsewhere(case, chip)
@@ -120,6 +120,6 @@ def _auto_elsewhere(case: Case, chip: str | None) -> Choice:
     row = gpu_table.find(case, chip)
     assert row is not None
     if row.source == "measured":
-        return Choice("gpu", f"{chip}; block sizes of the row for head_dim {row.head_dim}, measured", row)
+        return Choice("gpu", f"{chip}; {row.sizes}", row)
     # As attention: what has never run on the hardware runs there when it is named.
     return Choice("xla", f"{where}; gpu, which could, is {row.found}")

@@ -61,11 +61,10 @@ def _sum(static: Static, loss: Any, log_z: Any, weights: Any) -> Any:
 
 
 def _fwd(static: Static, *given: Any) -> Any:
+    hidden, table, targets, weights = (x.value for x in given)
     if not (given[0].perturbed or given[1].perturbed):
-        hidden, table, targets, weights = (x.value for x in given)
         found: Any = _total(static, hidden, table, targets, weights)
         return found, (None, None, *found[1:3], hidden, table)
-    hidden, table, targets, weights = (x.value for x in given)
     tokens = min(static.tokens, hidden.shape[0])
     pad = -hidden.shape[0] % tokens
 

@@ -10,10 +10,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 
 from palmjax import configure
 from palmjax.config import ConfigError, Experiment, MeshConfig
@@ -125,7 +125,7 @@ def _model_alone(flags: configure.Flags) -> bool:
 def _completed(model: str, target: str) -> str:
     """What to plan instead of the file of a model: the shipped run of that name, or a command line."""
     name = os.path.basename(model)
-    shipped = any((epath.Path(folder) / "exp" / name).is_file() for folder in shipped_folders())
+    shipped = Path(shipped_folders()[1], "exp", name).is_file()
     parts = f"palmjax plan run/train.gin {shlex.quote(model)} optim/palm_adafactor.gin data/jsonl.gin mesh/fsdp.gin"
     needed = f"--topology {target} --gin.BATCH_SIZE=512 --gin.TRAIN_STEPS=100000"
     return (

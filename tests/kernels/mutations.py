@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,14 +119,15 @@ def survives(mutation: Mutation) -> bool:
         return done.returncode == 0
 
 
-def main(names: list[str]) -> int:
+def main(mutations: Mapping[str, Mutation], names: list[str]) -> int:
+    """Tries those of `mutations` with these names, or all. Returns 1 if one survives."""
     survivors = 0
-    for name in names or MUTATIONS:
-        alive = survives(MUTATIONS[name])
+    for name in names or mutations:
+        alive = survives(mutations[name])
         survivors += alive
-        print(f"{'SURVIVES' if alive else 'noticed':<9} {name:<36} {MUTATIONS[name].test}", flush=True)
+        print(f"{'SURVIVES' if alive else 'noticed':<9} {name:<52} {mutations[name].test}", flush=True)
     return int(survivors > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(MUTATIONS, sys.argv[1:]))

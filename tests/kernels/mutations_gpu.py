@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from tests.kernels.mutations import Mutation, survives
+from tests.kernels.mutations import Mutation, main
 
 TEST = "tests/kernels/test_attention_gpu.py"
 TILE, FORWARD, BACKWARD = (f"pallas_kernels/attention/gpu_{name}.py" for name in ("tile", "forward", "backward"))
@@ -65,16 +65,7 @@ MUTATIONS = {
 }
 
 
-def main(names: list[str]) -> int:
+if __name__ == "__main__":
     # A barrier too few may leave warpgroups waiting for ever, and the interpreter's threads are waited for in turn.
     os.environ["PYTEST_ADDOPTS"] = "--timeout=60 --timeout-method=thread"
-    survivors = 0
-    for name in names or MUTATIONS:
-        alive = survives(MUTATIONS[name])
-        survivors += alive
-        print(f"{'SURVIVES' if alive else 'noticed':<9} {name:<52} {MUTATIONS[name].test}", flush=True)
-    return int(survivors > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(MUTATIONS, sys.argv[1:]))
