@@ -20,6 +20,9 @@ MODEL_DIR ?= runs/palm_stdlib
 ARGS ?=
 WORKERS ?= 2
 
+# uv leaves packages without bytecode. Where this is set, every process would compile jax anew and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test lint lock clean
 .DELETE_ON_ERROR:
 
