@@ -29,8 +29,9 @@ unexport PYTHONDONTWRITEBYTECODE
 train: $(READY)
 	$(BIN)/palmjax train gin/exp/palm_stdlib.gin --gin.MODEL_DIR=$(MODEL_DIR) $(ARGS)
 
+# A process takes a file at a time, those with slow tests first (tests/conftest.py), not those with the most tests.
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for this process only; a compilation cache that child processes share.
+"""Eight virtual CPU devices for this process only; a compilation cache that child processes share; what runs when.
 
 The number of devices is set through jax's configuration, not the environment, so that a process started by a test has
 the devices that its own flags give it. JAX_PLATFORMS in the environment is kept: the suite also runs on an accelerator.
@@ -6,6 +6,7 @@ the devices that its own flags give it. JAX_PLATFORMS in the environment is kept
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Before jax is imported. Entries are keyed by program, compiler options and machine, so a stale one is never used.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import hypothesis
@@ -35,3 +36,9 @@ def _forget_compiled_programs() -> Iterator[None]:
     """Frees the programs of each module's tests: by the hundred they fill gigabytes of a test process."""
     yield
     jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first, so that no process is left alone with one of them at the end."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
