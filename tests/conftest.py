@@ -1,4 +1,5 @@
-"""Eight virtual CPU devices for this process only; a compilation cache that child processes share; what runs when.
+"""Eight virtual CPU devices for this process only; a compilation cache that child processes share; how programs
+are compiled, and in which order files come.
 
 The number of devices is set through jax's configuration, not the environment, so that a process started by a test has
 the devices that its own flags give it. JAX_PLATFORMS in the environment is kept: the suite also runs on an accelerator.
@@ -31,10 +32,21 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "default")
 
 
+QUICKLY_COMPILED = ("decode/test_beam.py", "interop", "models", "multidevice")
+"""Rooms and files that compare models with a reference (numpy, torch, one device) and compile hundreds of programs to
+run each once: in this process LLVM does no optimization there (XLA does): half the time of compiling. All others,
+and every child process, compile as users do: what is said of whole runs, of kernels and of scores that do not depend
+on the batch is said of such programs.
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _forget_compiled_programs() -> Iterator[None]:
-    """Frees the programs of each module's tests: by the hundred they fill gigabytes of a test process."""
+def _compiled_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How a module's programs are compiled; frees them at its end: by the hundred they fill gigabytes of a process."""
+    quickly = any(request.path.is_relative_to(ROOT / "tests" / name) for name in QUICKLY_COMPILED)
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 

@@ -52,10 +52,11 @@ def test_balanced_routers_pay_the_least():
     config = model_with(aux_weight=0.5)
     params, batch = parameters(config), random_batch(rows=2, length=20)
     router = params["decoder"]["layers"]["block_1"]["mlp"]["router"]
+    forward = jax.jit(config.build().forward)
 
     def aux(router):
         params["decoder"]["layers"]["block_1"]["mlp"]["router"] = router
-        return float(config.build().forward(params, batch)[1]["aux_loss"]) / 40
+        return float(forward(params, batch)[1]["aux_loss"]) / 40
 
     assert aux(jnp.zeros_like(router)) == pytest.approx(0.5, rel=1e-6)
     assert aux(1e3 * router) > 0.5, "certain choices, unevenly spread"
@@ -68,7 +69,8 @@ def test_padding_takes_no_place():
     padded = dataclasses.replace(batch, segments=np.stack([real, real]).astype(np.int32))
     other = dataclasses.replace(padded, tokens=np.where(real, batch.tokens, 7))
     model = config.build()
-    (a, report), (b, _) = model.forward(params, padded), model.forward(params, other)
+    forward = jax.jit(model.forward)
+    (a, report), (b, _) = forward(params, padded), forward(params, other)
     np.testing.assert_array_equal(a[:, :12], b[:, :12])
     assert report["routed"] == 2 * 12 * 2
 
@@ -77,8 +79,9 @@ def test_a_row_does_not_depend_on_its_batch():
     config = model_with(capacity_factor=0.5)
     params, batch = parameters(config), random_batch(rows=4, length=20)
     model = config.build()
-    together = model.hidden(params, batch)
-    alone = model.hidden(params, jax.tree.map(lambda x: x[1:2], batch))
+    hidden = jax.jit(model.hidden)
+    together = hidden(params, batch)
+    alone = hidden(params, jax.tree.map(lambda x: x[1:2], batch))
     np.testing.assert_allclose(together[1:2], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -87,7 +90,9 @@ def test_microbatches_equal_the_whole_batch_and_the_step_reports_drops():
     params, batch = parameters(config), random_batch(rows=4, length=20)
     model = config.build()
     loss = CrossEntropy().build(model)
-    (whole, sums), (parts, again) = (accumulate(loss, params, batch, None, n) for n in (1, 2))
+    (whole, sums), (parts, again) = (
+        jax.jit(lambda p, n=n: accumulate(loss, p, batch, None, n))(params) for n in (1, 2)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, again)
 
@@ -96,7 +101,7 @@ def test_microbatches_equal_the_whole_batch_and_the_step_reports_drops():
     state = init_state(params, transformation, jax.random.key(0))
     step = jax.jit(build_step(loss, transformation, optimizer.learning_rate))
     _, metrics = step(state, batch)
-    _, report = model.forward(params, batch)
+    _, report = jax.jit(model.forward)(params, batch)
     assert metrics["dropped_share"] == pytest.approx(float(report["dropped"] / report["routed"]))
     assert 0.3 < metrics["dropped_share"] < 0.9
     assert metrics["aux_loss"] == pytest.approx(float(report["aux_loss"]) / float(np.sum(batch.weights)))
@@ -108,7 +113,7 @@ def test_the_router_learns_from_both_losses():
 
     def router_gradient(weight):
         part = model_with(aux_weight=weight)
-        gradients, _ = jax.grad(CrossEntropy().build(part.build()), has_aux=True)(params, batch)
+        gradients, _ = jax.jit(jax.grad(CrossEntropy().build(part.build()), has_aux=True))(params, batch)
         return np.asarray(gradients["decoder"]["layers"]["block_1"]["mlp"]["router"])
 
     without, with_it = router_gradient(0.0), router_gradient(0.01)
