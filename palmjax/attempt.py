@@ -149,6 +149,7 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
         guard.remove_void(run.folder, model_dir.steps(run.folder), run.rewinds_at, job.rewinds)
     # Also: nobody looks for the newest checkpoint before the void ones are gone.
     distributed.meet("void checkpoints are gone")
+    _check_steps_left(run)
     run.follow(overrides, model_dir.newest(run.folder) or 0, job.pool)
     if job.heldout is not None and not job.launched:
         job.pool.submit(job.heldout.compile, run.program.abstract_state.params)
@@ -211,6 +212,22 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
         recorder=recorder,
         batches=stack.enter_context(batches),
     )
+
+
+def _check_steps_left(run: Run) -> None:
+    """Raises ConfigError if the run would begin behind its last step: it would be called done with nothing trained."""
+    newest, initial = model_dir.newest(run.folder), run.experiment.checkpoint.restore.path
+    if newest is not None:
+        if newest > run.settings.steps:
+            raise ConfigError(
+                f"{run.folder} has {model_dir.PREFIX}{newest}, which is past TRAIN_STEPS = {run.settings.steps}; "
+                "raise it to go on, or choose another MODEL_DIR"
+            )
+    elif initial is not None and (step := checkpoint.read_info(initial).step) >= run.settings.steps:
+        raise ConfigError(
+            f"{initial} stands at step {step}, and TRAIN_STEPS = {run.settings.steps} includes its steps: "
+            f"nothing is left to train; to train 1000 more, set {step + 1000}"
+        )
 
 
 def _read_overrides(job: Job) -> guard.Overrides:

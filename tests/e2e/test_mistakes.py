@@ -78,6 +78,16 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(job, undisturbed, ref
     assert (folder / "checkpoint_40").is_dir()
 
 
+def test_a_run_that_begins_behind_its_last_step_is_refused(job, undisturbed, refused, tmp_path):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    error = refused("train", *job.flags(undisturbed, "TRAIN_STEPS=30"))
+    assert "checkpoint_40, which is past TRAIN_STEPS = 30" in error
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+    error = refused("train", *job.flags(tmp_path / "run", f"INITIAL_CHECKPOINT_PATH={undisturbed}", "TRAIN_STEPS=40"))
+    assert "step 40" in error and "set 1040" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_half_written_checkpoint_is_passed_over(job, undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
