@@ -92,8 +92,10 @@ def plan(config: DatasetConfig) -> tuple[list[Source], list[StoreJob]]:
             path="",
             num_parts=_num_parts(task, config.split, config.use_cached),
         )
-        path = f"{task.name}/{config.split}-{_store_fingerprint(job, vocabulary)}"
-        sources.append(Source(task.name, path, rate))
+        files = () if config.use_cached else _local_files(task, config.split)
+        state = index.files_state(files)
+        path = f"{task.name}/{config.split}-{_store_fingerprint(job, vocabulary, state)}"
+        sources.append(Source(task.name, path, rate, files, state))
         jobs.append(dataclasses.replace(job, path=f"{Folder(config.store_dir).path}/{path}"))
     if len(fingerprints) > 1:
         raise ConfigError(
@@ -364,13 +366,21 @@ def _num_parts(task: Any, split: str, use_cached: bool) -> int:
     return ARBITRARY_PARTS if source.supports_arbitrary_sharding else min(shards, MAX_PARTS)
 
 
-def _store_fingerprint(job: StoreJob, vocabulary: Vocabulary) -> str:
+def _local_files(task: Any, split: str) -> tuple[str, ...]:
+    """Patterns of the local files that a task reads; none if its source is no seqio FileDataSource."""
+    patterns = getattr(task.source, "_split_to_filepattern", {}).get(split, ())  # seqio 0.0.20
+    patterns = [patterns] if isinstance(patterns, str | os.PathLike) else patterns
+    return tuple(os.path.abspath(pattern) for pattern in map(str, patterns) if "://" not in pattern)
+
+
+def _store_fingerprint(job: StoreJob, vocabulary: Vocabulary, state: str) -> str:
     """What decides a store's content: of a task made from values those, of any other the sources of all modules, for
-    which of them registers it isn't known.
+    which of them registers it isn't known, and the `state` of the files that it reads, "" if that isn't known.
     """
     mine = [part for part in job.tasks if part.name == job.task]
     values = [[index.values_of(part), index.content_of(part)] for part in mine]
     made = values or sorted(source for source in index.sources_of(job.modules).values() if source)
+    made += [state] if state else []
     return index.digest([FORMAT, job.task, job.split, job.use_cached, vocabulary.fingerprint, job.num_parts, made])
 
 

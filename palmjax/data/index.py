@@ -8,8 +8,10 @@ TensorFlow.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,15 +25,32 @@ _LATEST = "latest"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One task of a dataset: its store's path below store_dir, and its rate, the share of rows it is to give."""
+    """One task of a dataset: its store's path below store_dir, and its rate, the share of rows it is to give.
+
+    files: patterns of the local files that a registered task reads, if its source tells; state: what `files_state` said
+    of them when the store was built.
+    """
 
     task: str
     path: str
     rate: float
+    files: tuple[str, ...] = ()
+    state: str = ""
+
+    def has_changed(self) -> bool:
+        """Whether its files are others now. A finished store does not need them: those that are gone say nothing."""
+        return files_state(self.files) not in ("", self.state)
 
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def files_state(patterns: Sequence[str]) -> str:
+    """Digest of path, size and time of change of every file that the patterns match; "" if there is none."""
+    files = sorted({path for pattern in patterns for path in glob.glob(pattern)})
+    states = [(path, os.stat(path)) for path in files]
+    return digest([[path, state.st_size, state.st_mtime_ns] for path, state in states]) if states else ""
 
 
 def values_of(part: TaskPart) -> list[Any]:
@@ -99,8 +118,8 @@ def _entries(config: DatasetConfig) -> dict[str, Any]:
 def lookup(config: DatasetConfig) -> list[Source] | None:
     """The finished stores of this config, or None if seqio has to be asked or a store has to be built.
 
-    When a task's files are gone, which a finished store does not need, the stores built last are meant. Raises
-    ConfigError if the files are gone and there are no such stores.
+    When a task's files have changed, its store has to be built. When they are gone, which a finished store does not
+    need, the stores built last are meant. Raises ConfigError if the files are gone and there are no such stores.
     """
     entries = _entries(config)
     try:
@@ -110,11 +129,11 @@ def lookup(config: DatasetConfig) -> list[Source] | None:
             raise
         print(f"palmjax: {error}; using the token stores built from it before", file=sys.stderr)
         content = _LATEST
-    sources = [Source(**source) for source in entries.get(content, ())]
+    sources = [Source(**source | {"files": tuple(source.get("files", ()))}) for source in entries.get(content, ())]
     folder = Folder(config.store_dir)
     if not sources or not all(is_complete(f"{folder.path}/{source.path}") for source in sources):
         return None
-    return sources
+    return None if any(source.has_changed() for source in sources) else sources
 
 
 def save(config: DatasetConfig, sources: Sequence[Source]) -> None:

@@ -295,6 +295,31 @@ def test_stores_are_shared_and_told_apart_by_what_they_hold(module: Path, built:
     assert build.plan(config(built, use_cached=True))[0] != sources
 
 
+def test_files_that_changed_are_read_again_and_files_that_are_gone_are_not_missed(
+    registered: Any, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one\ntwo\n")
+    registered.TaskRegistry.add(
+        "own_lines",
+        registered.TextLineDataSource({"train": str(tmp_path / "*.txt")}),
+        preprocessors=[lambda ds: ds.map(lambda line: {"targets": line}), registered.preprocessors.tokenize],
+        output_features={"targets": registered.Feature(registered.ByteVocabulary())},
+    )
+    settings = config(tmp_path / "stores", "own_lines", modules=(), task_feature_lengths={"targets": 4})
+    before = open_dataset(settings).tokens_total
+    assert index.lookup(settings)
+    text.write_text("one\ntwo\nthree\n")
+    assert index.lookup(settings) is None
+    assert open_dataset(settings).tokens_total == before + len("three") + 1  # EOS
+    (tmp_path / "more.txt").write_text("four\n")
+    assert index.lookup(settings) is None
+    found = build.build_stores(settings)
+    for file in tmp_path.glob("*.txt"):
+        file.unlink()
+    assert index.lookup(settings) == found
+
+
 def mistakes(seqio: Any) -> dict[str, tuple[dict[str, Any], str]]:
     """Config changes and the message that each must give."""
     eos = seqio.Feature(seqio.ByteVocabulary())

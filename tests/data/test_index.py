@@ -45,7 +45,7 @@ def names(**changes: Any) -> tuple[str, str]:
     """The index entry and the store's fingerprint."""
     wanted = config(**changes)
     job = build.StoreJob("books", "train", False, wanted.modules, wanted.tasks, "", 5)
-    return index._entry_name(wanted), build._store_fingerprint(job, Bytes())
+    return index._entry_name(wanted), build._store_fingerprint(job, Bytes(), "")
 
 
 def test_a_changed_module_is_another_entry_and_another_store(module: Path) -> None:
