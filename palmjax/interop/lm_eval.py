@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
+import inspect
 import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from palmjax.config import ConfigError
@@ -127,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         class Registered(model):
             def __init__(self, **given: Any):
+                _check_model_args(given)
                 super().__init__(**({"answers": options.answers} | given))
                 made.append(self)
 
@@ -135,6 +138,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for one in made:
             _print_counts(one.counts)
         return code
+
+
+def _check_model_args(given: Mapping[str, Any]) -> None:
+    from palmjax.interop.lm_eval_model import PalmJax
+
+    known = {name: one for name, one in inspect.signature(PalmJax).parameters.items() if one.default is not one.empty}
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it sets {', '.join(known)}"
+            raise ConfigError(f"--model_args: there is no {name!r}; {hint}")
 
 
 def _print_counts(counts: dict[str, int]) -> None:
@@ -161,16 +175,43 @@ def _only_the_first_writes(flags: list[str]) -> Iterator[list[str]]:
         yield moved
 
 
+def _settle_tables() -> None:
+    """Makes an old pytablewriter print what lm-eval 0.4.13 means.
+
+    Installers fall back to 0.38.0 of 2019 beside pandas 3.1, whose python-dateutil the later ones refuse. It has
+    `header_list` for lm-eval's `headers`, of which it takes no notice, and forks to format, behind jax's threads.
+    """
+    import dataproperty
+    from pytablewriter import MarkdownTableWriter
+
+    formatter: Any = dataproperty.DataPropertyExtractor
+    writer: Any = next(cls for cls in MarkdownTableWriter.__mro__ if "value_matrix" in vars(cls))
+    if not hasattr(writer, "headers"):
+        writer.headers = vars(writer)["header_list"]
+        formatter.max_workers = property(lambda _: 1, lambda _, __: None)
+
+
+UNKNOWN_TASKS = ("Tasks not found: ", "No tasks specified")
+"""How lm-eval 0.4.13 begins to say that --tasks is wrong, as a ValueError."""
+
+
 def _harness(flags: list[str]) -> int:
-    """lm-eval's own command line."""
+    """lm-eval's own command line. Raises ConfigError for a task that it does not know."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
         raise _missing(error) from error
     os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork, behind jax's threads
+    _settle_tables()
     before, sys.argv = sys.argv, ["palmjax lm-eval", *flags]
     try:
         cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith(UNKNOWN_TASKS):
+            raise
+        raise ConfigError(
+            f"--tasks: {error}; `palmjax lm-eval ls tasks` lists them, --include_path adds yours"
+        ) from error
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     finally:

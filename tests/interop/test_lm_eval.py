@@ -260,6 +260,7 @@ def test_the_verb_prints_the_table_and_two_processes_write_what_one_writes(
     one = verb(*common, *kept, "--output_path", str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr[-3000:]
     assert "|tiny_cloze" in one.stdout and "palmjax" in one.stdout
+    assert "|Version|Filter|n-shot|" in one.stdout and "os.fork" not in one.stderr
     size = (tmp_path / "answers.jsonl").stat().st_size
     again = verb(*common, *kept, "--output_path", str(tmp_path / "again"))
     assert again.returncode == 0 and (tmp_path / "answers.jsonl").stat().st_size == size
@@ -268,6 +269,16 @@ def test_the_verb_prints_the_table_and_two_processes_write_what_one_writes(
     assert two.stdout.count("|tiny_cloze") == 1, "one process prints"
     written = written_samples(tmp_path / "one")
     assert len(written) == 4 and written == written_samples(tmp_path / "two") == written_samples(tmp_path / "again")
+
+
+def test_what_lm_eval_does_not_know_is_refused_in_a_line() -> None:
+    with pytest.raises(ConfigError, match="--tasks: Tasks not found: tiny_nonesuch"):
+        backend._harness(["run", "--model", "palmjax", "--tasks", "tiny_nonesuch"])
+    backend._check_model_args({"max_length": 9, "batch_size": 1})
+    with pytest.raises(ConfigError, match="no 'max_lenght'; did you mean 'max_length'"):
+        backend._check_model_args({"max_lenght": 9})
+    with pytest.raises(ConfigError, match="no 'peft'; it sets max_length, add_bos_token"):
+        backend._check_model_args({"peft": 9})
 
 
 def test_lm_eval_that_is_not_installed_is_named_with_the_command() -> None:
