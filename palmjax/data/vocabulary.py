@@ -309,7 +309,7 @@ class PassThrough(Vocabulary):
         return self.eos
 
     def encode(self, text: str) -> list[int]:
-        raise ConfigError("this vocabulary passes ids through: it cannot encode text")
+        raise ConfigError("this vocabulary passes ids through: they stand for no text, so it cannot encode any")
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(str(i) for i in self._until_eos(ids))

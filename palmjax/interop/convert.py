@@ -20,13 +20,14 @@ from palmjax.checkpoint import describe, read_info
 from palmjax.checkpoint.arrays import Reader
 from palmjax.config import ConfigError, section
 from palmjax.data.vocabulary import PassThrough, Vocabulary
+from palmjax.files import say
 from palmjax.interop import converted, experiment, safetensors_files, transfer
 from palmjax.interop.huggingface import families, folder
 from palmjax.interop.huggingface.family import Family, architecture
 from palmjax.interop.mapping import Tensor
 from palmjax.interop.staging import Staging
+from palmjax.interop.t5x import configuration, reading
 from palmjax.interop.t5x import names as t5x_names
-from palmjax.interop.t5x import reading
 from palmjax.interop.t5x import transfer as t5x
 from palmjax.models.decoder import Decoder
 from palmjax.progress import Progress
@@ -126,6 +127,8 @@ def from_huggingface(source: Path, target: Path, bindings: Sequence[str] = (), i
     """
     given = folder.read(source, ignored)
     vocabulary, file = folder.vocabulary(source, given.config)
+    if file is None:
+        say(f"{source} has no tokenizer: its ids stand for no text")
     text = experiment.finetuning(
         origin=f"{given.family.architecture} of {source.name}",
         folder=str(target),
@@ -160,6 +163,10 @@ def from_t5x(
     given = reading.read(found)
     tree = t5x_names.Tree({name: array.shape for name, array in given.target.items()}, str(found))
     ids = None if vocabulary is None else folder.vocabulary_of(vocabulary)
+    if ids is None:
+        named = configuration.vocabulary_file(found)
+        given_by = "--vocabulary FILE gives one" if named is None else f"its run had --vocabulary {named}"
+        say(f"{found} carries no vocabulary, so its ids stand for no text: {given_by}")
     text = experiment.finetuning(
         origin=f"T5X's {found.name}",
         folder=str(target),
@@ -326,7 +333,7 @@ def _write_beside(into: Path, beside: Path, config: Mapping[str, Any], vocabular
 def _kind(source: Path) -> str:
     """ "huggingface" or "palmjax", by what the folder holds."""
     if not source.is_dir():
-        raise ConfigError(f"there is no folder {source}")
+        raise ConfigError(f"{source} is a file, not a folder" if source.exists() else f"there is no folder {source}")
     if (source / "config.json").exists():
         return "huggingface"
     return "palmjax" if reading.find(source) is None else "t5x"

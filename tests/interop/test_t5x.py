@@ -273,7 +273,21 @@ def test_a_gin_file_tells_what_the_shapes_do_not(tmp_path, capfd):
     assert "[32, 48]" in error and "[32, 40]" in error and "wi_0" in error
 
 
+def with_encoder(path: Path) -> None:
+    """As T5X's scalable_t5 names a scanned stack, whose heads the shapes do not tell either."""
+    attention = {name: {"kernel": np.zeros((8, 2, 12))} for name in ("query", "key", "value", "out")}
+    layers = {
+        "self_attention": attention,
+        "encoder_decoder_attention": attention,
+        "pre_self_attention_layer_norm": {"scale": np.zeros((8, 2))},
+    }
+    target = {"token_embedder": {"embedding": np.zeros((32, 8))}, "decoder": {"decoder": layers}}
+    content = {"version": 3, "optimizer": {"target": target, "state": {"step": np.int32(60)}}}
+    (path / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
+
+
 MISTAKES: dict[str, tuple[Any, list[str]]] = {
+    "an encoder": (with_encoder, ["decoder/decoder/encoder_decoder_attention/", "palmjax has decoders only"]),
     "a missing array": (
         lambda path: shutil.rmtree(path / "target.decoder.layers_1.mlp.wo.kernel"),
         ["target.decoder.layers_1.mlp.wo.kernel", "can't be opened"],
@@ -298,7 +312,7 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_damaged_checkpoints_are_refused_and_nothing_is_left(tmp_path, capfd, mistake):
+def test_what_cannot_be_read_is_refused_and_nothing_is_left(tmp_path, capfd, mistake):
     change, words = MISTAKES[mistake]
     change(write_legacy(tmp_path / "run", decoder_only(), {}))
     assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "ours")]) == 2

@@ -43,4 +43,11 @@ def test_the_runs_config_tells_the_activations_that_a_tree_does_not(tmp_path, ca
 def test_what_is_taken_for_granted_is_said(tmp_path, capfd):
     write_legacy(tmp_path / "run", decoder_only(), {})
     assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "ours")]) == 0
-    assert "TanhGELU gates as is usual" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "TanhGELU gates as is usual" in said and "no text: --vocabulary FILE gives one" in said
+    (tmp_path / "run" / "config.gin").write_text(
+        "network.TransformerConfig.mlp_activations = ('gelu', 'linear')\n"
+        "seqio.SentencePieceVocabulary.sentencepiece_model_file = \\\n    'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'\n"
+    )
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    assert "its run had --vocabulary gs://t5-data/vocabs/cc_all.32000/sentencepiece.model" in capfd.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from palmjax.config import ConfigError
@@ -24,9 +23,8 @@ def named(model_type: str, where: str) -> Family:
     known = {family.model_type: family for family in FAMILIES}
     if model_type in known:
         return known[model_type]
-    close = difflib.get_close_matches(model_type, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"{where}: unknown architecture {model_type!r}; known: {', '.join(known)}{hint}")
+    # No nearest one: mixtral is no misspelt mistral.
+    raise ConfigError(f"{where}: models of type {model_type!r} are not converted; known: {', '.join(map(repr, known))}")
 
 
 def holding(model: Decoder, where: str) -> tuple[Family, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the config.gin of a T5X run tells of its model that the tree of parameters does not: the activations."""
+"""What the config.gin of a T5X run tells that its tree of parameters does not: activations and the vocabulary."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ ACTIVATIONS: dict[str, ActivationPart] = {
 }
 """By the names that T5X looks up in flax.linen."""
 _BINDING = re.compile(r"^[\w./]*\bmlp_activations\s*=\s*\\?\s*([(\[][^)\]]*[)\]])", re.MULTILINE)
+_MODEL_FILE = re.compile(r"""\bsentencepiece_model_file\s*=\s*\\?\s*["']([^"'\n]+)["']""")
+
+
+def vocabulary_file(checkpoint: Path) -> str | None:
+    """The SentencePiece model that config.gin beside `checkpoint` names; None if there is not just one."""
+    file = checkpoint.parent / FILE
+    named = set(_MODEL_FILE.findall(file.read_text())) if file.is_file() else set()
+    return named.pop() if len(named) == 1 else None
 
 
 def activation(checkpoint: Path, *, is_gated: bool, usual: ActivationPart) -> ActivationPart:

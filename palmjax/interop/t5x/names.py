@@ -39,6 +39,9 @@ STACKS = ("layers", "decoder")
 PRE_NORMS = ("pre_norm", "pre_self_attention_layer_norm", "pre_attention_layer_norm", "layer_norm")
 MLP_NORMS = ("mlp_norm", "pre_mlp_layer_norm")
 
+ENCODER = re.compile(r"^encoder/|/encoder_decoder_attention/")
+"""In the names of T5X's encoders and encoder-decoders."""
+
 JOINED: dict[TreePath, tuple[str, str]] = {
     **{("self_attention", name, "kernel"): ("d (h n)", "d h n") for name in ("query", "key", "value")},
     **{("self_attention", name, "bias"): ("(h n)", "h n") for name in ("query", "key", "value")},
@@ -96,10 +99,12 @@ T5X = Form(
 
 
 class Tree:
-    """The shapes of a T5X tree, and what follows from them."""
+    """The shapes of a T5X tree, and what follows from them. Raises ConfigError for one that is no decoder's."""
 
     def __init__(self, shapes: Mapping[TreePath, tuple[int, ...]], where: str):
         self._shapes, self._where = {"/".join(path): shape for path, shape in shapes.items()}, where
+        if encoder := next((name for name in self._shapes if ENCODER.search(name)), None):
+            raise ConfigError(f"{where} is of a model with an encoder ({encoder}); palmjax has decoders only")
         self.form = self._form()
 
     def _form(self) -> Form:
