@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +52,9 @@ class Description:
 
 
 NO_TEXT = Description()
+
+_FREE = re.compile(r"train_dataset\.(batch_size|store_dir|workers)\b")
+"""What may change of a run's data: the rows and their order stay."""
 
 CONFIGS = "configs"
 """Folder in MODEL_DIR of every configuration that the run has had, `<digest>.gin`; config.gin is the last of them."""
@@ -170,9 +174,11 @@ class Run:
         if start.info is not None and start.resumed:
             data = start.info.data
             if data.fingerprint != self.dataset.fingerprint:
+                changes = self.description.changes_since(start.info)
+                told = [change for change in changes if change.startswith("train_dataset.") and not _FREE.match(change)]
                 raise ConfigError(
-                    f"{start.origin} stands at row {data.first_row:,} of other data: files, vocabulary, mixture, "
-                    "length, packing, seed or shuffling differ\n"
+                    f"{start.origin} stands at row {data.first_row:,} of other data: "
+                    f"{', '.join(told) or 'its files or its tasks have changed'}\n"
                     "to train on from its parameters, give INITIAL_CHECKPOINT_PATH and a new MODEL_DIR"
                 )
             if len(rewinds) <= start.info.guard.get("rewinds", 0):

@@ -73,7 +73,7 @@ def test_other_data_is_refused_and_another_batch_size_goes_on_at_the_same_row(jo
     folder = tmp_path / "run"
     job.run(folder, "TRAIN_STEPS=10")
     error = job.run(folder, "RANDOM_SEED=1", code=2)
-    assert "other data" in error and "INITIAL_CHECKPOINT_PATH" in error
+    assert "other data: train_dataset.seed: 0 -> 1\n" in error and "INITIAL_CHECKPOINT_PATH" in error
     job.run(folder, "BATCH_SIZE=32", "TRAIN_STEPS=12", "SaveCheckpointConfig.period=12")
     assert read_info(folder / "checkpoint_12").data.first_row == 10 * 16 + 2 * 32
     two_steps = np.mean([jobs.losses(undisturbed)[step] for step in (11, 12)])
