@@ -144,6 +144,13 @@ def inventory(model_dir: Any) -> str:
     return f"{model_dir} holds {'..., ' if len(found) > 5 else ''}{shown}"
 
 
+def absence(path: Any) -> str:
+    """Why there is no folder of this checkpoint's name, in words, and what can be taken instead."""
+    if any(p.name.startswith(f"{path.name}.") for p in _children(path.parent)):
+        return f"{path} is half written: it is being saved, or its save was cut off; {inventory(path.parent)}"
+    return f"there is no checkpoint {path}; {inventory(path.parent)}"
+
+
 def resolve(path: str | os.PathLike[str]) -> str:
     """The checkpoint folder that `path` means: itself, or the newest whole one if it is a MODEL_DIR.
 
@@ -156,10 +163,9 @@ def resolve(path: str | os.PathLike[str]) -> str:
             return str(given)
         if given.is_dir() and (given / "state").is_dir() and not (given / "info").exists():
             raise ConfigError(f"{given} has no info/: it was not written by palmjax, or lost a part")
-        if given.is_dir() or any(p.name.startswith(f"{given.name}.") for p in _children(given.parent)):
-            detail = f"{missing} is missing" if given.is_dir() else "its save was cut off"
-            raise ConfigError(f"{given} is half written: {detail}; {inventory(given.parent)}")
-        raise ConfigError(f"there is no checkpoint {given}; {inventory(given.parent)}")
+        if given.is_dir():
+            raise ConfigError(f"{given} is half written: {missing} is missing; {inventory(given.parent)}")
+        raise ConfigError(absence(given))
     if not given.is_dir():
         raise ConfigError(f"there is no folder {given}: expected a {PREFIX}N folder or a MODEL_DIR that holds some")
     step = newest(given)

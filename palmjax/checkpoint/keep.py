@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +17,11 @@ from palmjax.model_dir import PREFIX, as_path, steps
 
 PINNED = "PINNED"
 """A file of this name in a checkpoint's folder keeps it for good, as in T5X."""
-DELETING = ".deleting"
+WRITTEN, DELETING = ".written", ".deleting"
+"""Suffixes of a checkpoint that Orbax has finished and that has no checksums yet, and of one on its way out."""
+_LEFTOVER = re.compile(rf"{PREFIX}\d+({re.escape(WRITTEN)}|{re.escape(DELETING)}|\.orbax)")
+
+logger = logging.getLogger(__name__)
 
 
 def doomed(folder: Any, save: SaveCheckpointConfig) -> list[int]:
@@ -44,28 +50,49 @@ def _best(folder: Any, found: Iterable[int], metric: str, count: int, highest: b
     return [step for _, step in sorted(scored)[-count:]]
 
 
-def delete(folder: Any, which: Sequence[int]) -> None:
-    """Deletes checkpoints. A kill in between leaves none that looks whole; a start or `prune` clears the rest."""
+def delete(folder: Any, which: Sequence[int]) -> tuple[int, ...]:
+    """Deletes checkpoints; returns the steps of those that are gone. A kill in between leaves none that looks whole:
+    `clear` takes the rest. A warning tells what can't be deleted, which takes room and harms nothing else.
+    """
+    gone = []
     for step in which:
         path = folder / f"{PREFIX}{step}"
-        if isinstance(path, Path):
-            shutil.rmtree(path.rename(path.with_name(path.name + DELETING)), ignore_errors=True)
-        else:
-            (path / model_dir.PARTS[0]).unlink(missing_ok=True)
-            path.rmtree(missing_ok=True)
+        try:
+            if isinstance(path, Path):
+                _remove(path.rename(path.with_name(path.name + DELETING)))
+            else:
+                (path / model_dir.PARTS[0]).unlink(missing_ok=True)
+                path.rmtree(missing_ok=True)
+            gone.append(step)
+        except OSError as error:
+            logger.warning("%s can't be deleted: %s", path, error)
+    return tuple(gone)
+
+
+def clear(folder: Any) -> None:
+    """Removes from a local MODEL_DIR what was half written or half deleted. The caller holds the lock."""
+    for leftover in folder.iterdir() if isinstance(folder, Path) else ():
+        if _LEFTOVER.match(leftover.name):
+            _remove(leftover)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # as far as it goes
+        logger.warning("%s can't be deleted and takes room: %s", folder, error)
 
 
 def prune(folder: str, *, keep: int, keep_every: int | None, dry_run: bool) -> tuple[list[int], list[int]]:
     """(steps deleted, steps kept) of MODEL_DIR's whole checkpoints; with `dry_run` nothing is deleted.
 
-    What a deletion that was killed has left goes too. The caller holds the lock.
+    What a save or a deletion that was killed has left goes too. The caller holds the lock.
     """
     path = as_path(folder)
     gone = doomed(path, SaveCheckpointConfig(keep=keep, keep_period=keep_every))
     stay = [step for step in steps(path) if step not in gone]
     if not dry_run:
-        if isinstance(path, Path):
-            for leftover in path.glob(f"{PREFIX}*{DELETING}"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        clear(path)
         delete(path, gone)
     return gone, stay

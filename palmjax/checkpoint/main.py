@@ -62,7 +62,7 @@ def _checkpoints(given: str) -> list[str]:
     path = as_path(given)
     if re.fullmatch(rf"{PREFIX}\d+", path.name) or (path / "info").is_dir():
         if not path.is_dir():
-            raise ConfigError(f"there is no checkpoint {path}; {model_dir.inventory(path.parent)}")
+            raise ConfigError(model_dir.absence(path))
         return [str(path)]
     if not path.is_dir():
         raise ConfigError(f"there is no folder {path}: expected a {PREFIX}N folder or a MODEL_DIR that holds some")

@@ -23,12 +23,9 @@ from palmjax.checkpoint import digest, keep, seal
 from palmjax.checkpoint import tree as trees
 from palmjax.config import ConfigError, SaveCheckpointConfig, section
 from palmjax.files import EXIT_STORAGE, exit_code_of
-from palmjax.model_dir import PREFIX, as_path, is_whole, newest, set_broken_aside, steps
+from palmjax.model_dir import PREFIX, as_path, is_whole, newest, set_broken_aside
 from palmjax.provenance import RunInfo
 from palmjax.state import TrainState
-
-WRITTEN = ".written"
-"""Suffix of a checkpoint that Orbax has finished and that has no checksums yet."""
 
 
 class SaveError(ConfigError):
@@ -65,7 +62,7 @@ class Checkpointer:
     """
 
     def __init__(self, model_dir: str, save: SaveCheckpointConfig):
-        """Makes MODEL_DIR if needed and clears away what an earlier run left half written."""
+        """Makes MODEL_DIR if needed, clears what an earlier run left half written, sets aside what lost a part."""
         ocp = _orbax()
         self._background = _BackgroundLog()
         logging.getLogger("absl").addFilter(self._background)
@@ -83,17 +80,9 @@ class Checkpointer:
         with self._explained("MODEL_DIR can't be used"):
             if jax.process_index() == 0:
                 self._dir.mkdir(parents=True, exist_ok=True)
-                self._clear()
+                keep.clear(self._dir)
+                set_broken_aside(self._dir)
             self._orbax = ocp.AsyncCheckpointer(handler)
-
-    def _clear(self) -> None:
-        """Removes what was half written or half deleted, and sets aside what lost a part."""
-        if self._is_local:
-            for leftover in self._dir.glob(f"{PREFIX}*"):
-                number, dot, suffix = leftover.name.removeprefix(PREFIX).partition(".")
-                if number.isdecimal() and dot and f".{suffix}".startswith((WRITTEN, keep.DELETING, ".orbax")):
-                    shutil.rmtree(leftover, ignore_errors=True)
-        set_broken_aside(self._dir)
 
     def should_save(self, step: int) -> bool:
         """Whether the configured period falls on `step`."""
@@ -118,7 +107,7 @@ class Checkpointer:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(trees.nested(state)), info=ocp.args.JsonSave(info.to_json())
         )
-        written = final.with_name(final.name + WRITTEN) if self._is_local else final
+        written = final.with_name(final.name + keep.WRITTEN) if self._is_local else final
         self._background.failure = None
         self._writing = _Writing(step, began)
         with self._explained(f"{PREFIX}{step} could not be written"):
@@ -145,9 +134,7 @@ class Checkpointer:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        gone = keep.doomed(self._dir, self._save)
-        keep.delete(self._dir, gone)
-        writing.deleted = tuple(gone)
+        writing.deleted = keep.delete(self._dir, keep.doomed(self._dir, self._save))
 
     def check(self) -> Saved | None:
         """What has become whole since the last call. Costs microseconds: call it at every step.
@@ -173,14 +160,6 @@ class Checkpointer:
             saved = self.check() or saved
             time.sleep(0.001 if self._writing is not None else 0)
         return saved
-
-    def latest(self) -> int | None:
-        """The newest step that is whole on disk."""
-        return newest(self._dir)
-
-    def steps(self) -> list[int]:
-        """Steps that are whole on disk, rising."""
-        return steps(self._dir)
 
     def __enter__(self) -> Checkpointer:
         return self

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 
+import pytest
+
 from palmjax import checkpoint
-from palmjax.checkpoint import Checkpointer
+from palmjax.checkpoint import Checkpointer, keep
 from palmjax.config import KeepBest, SaveCheckpointConfig
 from palmjax.provenance import RunInfo
 from tests.checkpoint.states import (
@@ -26,7 +29,7 @@ def test_keep_and_keep_period(tmp_path: Path) -> None:
     saver.close()
     left = sorted(int(p.name.removeprefix("checkpoint_")) for p in tmp_path.glob("checkpoint_*"))
     assert left == [30, 60, 70]
-    assert saver.latest() == 70
+    assert checkpoint.newest(tmp_path) == 70
 
 
 def scored(step: int, loss: float) -> RunInfo:
@@ -56,3 +59,21 @@ def test_a_deletion_that_was_killed_is_finished_by_the_next_start(tmp_path: Path
     (tmp_path / "checkpoint_10").rename(tmp_path / "checkpoint_10.deleting")
     Checkpointer(str(tmp_path), SaveCheckpointConfig()).close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_20"]
+
+
+def test_what_cannot_be_deleted_is_told_and_harms_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (10, 20, 30):
+        (tmp_path / f"checkpoint_{step}").mkdir()
+    unlucky, rename = tmp_path / "checkpoint_10", Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path == unlucky:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert keep.delete(tmp_path, [10, 20]) == (20,)
+    assert "checkpoint_10 can't be deleted: " in caplog.text and "not permitted" in caplog.text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_10", "checkpoint_30"]

@@ -134,6 +134,15 @@ main(["prune", {str(folder)!r}, "--keep=1"])
     assert sorted(path.name for path in folder.glob("checkpoint_*")) == ["checkpoint_30"]
 
 
+def test_a_checkpoint_that_is_being_saved_is_called_so(saved: Path, tmp_path: Path) -> None:
+    copies(saved, tmp_path, 10)
+    (tmp_path / "checkpoint_20.written.orbax-checkpoint-tmp").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"checkpoint_20 is half written: it is being saved, or .*holds checkpoint_10"
+    ):
+        main(["verify", str(tmp_path / "checkpoint_20")])
+
+
 def test_folders_that_hold_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given in ("verify", "list"):
         with pytest.raises(ConfigError, match="holds no checkpoint"):

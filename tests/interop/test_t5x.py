@@ -30,6 +30,7 @@ from palmjax.state import init_state
 from tests.interop import models
 from tests.models.builders import tiny_palm
 
+CROSS = ("decoder", "layers_0", "encoder_decoder_attention", "query", "kernel")
 LAYERS, WIDTH, HEADS, SIZE, HIDDEN, VOCAB = 3, 32, 4, 6, 48, models.VOCAB
 
 Tree = dict[tuple[str, ...], np.ndarray]
@@ -273,21 +274,11 @@ def test_a_gin_file_tells_what_the_shapes_do_not(tmp_path, capfd):
     assert "[32, 48]" in error and "[32, 40]" in error and "wi_0" in error
 
 
-def with_encoder(path: Path) -> None:
-    """As T5X's scalable_t5 names a scanned stack, whose heads the shapes do not tell either."""
-    attention = {name: {"kernel": np.zeros((8, 2, 12))} for name in ("query", "key", "value", "out")}
-    layers = {
-        "self_attention": attention,
-        "encoder_decoder_attention": attention,
-        "pre_self_attention_layer_norm": {"scale": np.zeros((8, 2))},
-    }
-    target = {"token_embedder": {"embedding": np.zeros((32, 8))}, "decoder": {"decoder": layers}}
-    content = {"version": 3, "optimizer": {"target": target, "state": {"step": np.int32(60)}}}
-    (path / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
-
-
 MISTAKES: dict[str, tuple[Any, list[str]]] = {
-    "an encoder": (with_encoder, ["decoder/decoder/encoder_decoder_attention/", "palmjax has decoders only"]),
+    "an encoder": (
+        lambda path: write_legacy(path.parent, decoder_only() | {CROSS: np.zeros((8, 8))}, {}, step=70),
+        ["checkpoint_70", "/".join(CROSS), "palmjax has decoders only"],
+    ),
     "a missing array": (
         lambda path: shutil.rmtree(path / "target.decoder.layers_1.mlp.wo.kernel"),
         ["target.decoder.layers_1.mlp.wo.kernel", "can't be opened"],
