@@ -11,10 +11,11 @@ from typing import Any
 import jax
 
 from palmjax import checkpoint, model_dir, trained
-from palmjax.config import Experiment
+from palmjax.config import ConfigError, Experiment
 from palmjax.evaluation import results, weights
 from palmjax.evaluation.suites import Session, Which
 from palmjax.evaluation.tasks import Suite
+from palmjax.files import say, write_whole
 from palmjax.provenance import RunInfo
 
 SCORES, PLOT = "scores.json", "scores.png"
@@ -61,14 +62,21 @@ def follow(model: str, folder: Path, opener: Opener, timeout: float) -> int:
     """Evaluates every whole checkpoint of MODEL_DIR in the order of their steps, then waits for more.
 
     Ends when the run's last step is evaluated, or after `timeout` seconds without a new checkpoint. What was evaluated
-    before is not again: run the same command after a kill. Returns the process's exit code.
+    before is not again: run the same command after a kill. One that the run deletes meanwhile is told and passed over;
+    a job of several processes, which may not notice alike, ends with it. Returns the process's exit code.
     """
     waited = time.monotonic()
     while True:
         step = _next(model, folder)
         if step is not None:
             path = str(model_dir.as_path(model) / f"{model_dir.PREFIX}{step}")
-            result = opener.evaluate(path, folder / f"{model_dir.PREFIX}{step}")
+            try:
+                result = opener.evaluate(path, folder / f"{model_dir.PREFIX}{step}")
+            except ConfigError:
+                if model_dir.is_whole(path) or jax.process_count() > 1:
+                    raise
+                say(f"step {step:,}: passed over, since the run has deleted {path} (SaveCheckpointConfig.keep)")
+                continue
             if jax.process_index() == 0:
                 print(f"step {step:,}\n{results.table(result)}", flush=True)
                 plot(folder)
@@ -123,8 +131,6 @@ def plot(folder: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    from palmjax.files import write_whole
 
     found = scores(folder)
     write_whole(folder / SCORES, json.dumps(found, indent=1) + "\n")
