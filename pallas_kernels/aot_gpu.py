@@ -28,29 +28,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import gpu_cards
 from pallas_kernels.aot import CompileError
 
 PLUGIN = "jax_cuda13_plugin"
 TOOLS = "nvidia/cu13/bin"
 FOLDER = Path(sys.prefix) / "gpu-compiler"
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 151397597184
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
-"""
-"""The card as a `GpuTargetConfigProto`: CUDA C++ programming guide, compute capability 9.0; H200 datasheet. An H100 SXM
-has the same multiprocessors.
-"""
+H200 = gpu_cards.target(gpu_cards.HOPPER, name="NVIDIA H200", memory=151397597184, bandwidth=4800000000000)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
