@@ -42,9 +42,9 @@ def make(folder: Path, layers: int) -> int:
     (folder / "config.json").write_text(json.dumps(config))
     planned = LLAMA.plan(LLAMA.model(config, "the benchmark"))
     placed = safetensors_files.create(folder, [(t.name, "F32", t.shape) for t in planned.values()], 10**12)
-    mapped, rng = safetensors_files.Mapped(writable=True), np.random.default_rng(0)
-    for tensor in placed.values():
-        mapped.array(tensor)[...] = rng.standard_normal(tensor.shape, np.float32)
+    mapped, rng = safetensors_files.Mapped(placed, writable=True), np.random.default_rng(0)
+    for name, tensor in placed.items():
+        mapped.array(name)[...] = rng.standard_normal(tensor.shape, np.float32)
     os.sync()
     return sum(tensor.nbytes for tensor in placed.values())
 

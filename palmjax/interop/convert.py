@@ -142,7 +142,7 @@ def from_huggingface(source: Path, target: Path, bindings: Sequence[str] = (), i
         _run_file(text, given.model, (), bindings),
         vocabulary,
         given.planned,
-        folder.Tensors(given.tensors),
+        safetensors_files.Mapped(given.tensors),
         files=[*(tensor.file for tensor in given.tensors.values()), source / "config.json"],
         carried=[source / name for name in folder.CARRIED if (source / name).exists()],
         title=f"{given.family.model_type} to palmjax",
@@ -277,7 +277,7 @@ def to_huggingface(
     total = 4 * sum(math.prod(tensor.shape) for tensor in planned.values())
     with _progress(f"palmjax to {family.model_type}", total) as progress:
         reader = Reader(opened.path / "state")
-        transfer.send(planned, reader, folder.NewTensors(placed), staging, progress)
+        transfer.send(planned, reader, safetensors_files.Buffered(placed), staging, progress)
     _write_beside(staging.folder, beside, config, opened.info.vocabulary)
     staging.commit()
     return str(target)

@@ -53,13 +53,14 @@ class Tensor:
 
 
 class Mapped:
-    """Memory maps of files, each opened once; what was touched can be given back to the system."""
+    """`tensors` by memory maps of their files, each opened once: a `transfer.Source`."""
 
-    def __init__(self, writable: bool = False):
-        self._writable, self._maps = writable, {}
+    def __init__(self, tensors: Mapping[str, Tensor], writable: bool = False):
+        self._tensors, self._writable, self._maps = tensors, writable, {}
 
-    def array(self, tensor: Tensor) -> np.ndarray:
+    def array(self, name: str) -> np.ndarray:
         """The tensor's own bytes, as an array. Writes change the file, if it was opened to be written."""
+        tensor = self._tensors[name]
         if tensor.file not in self._maps:
             with tensor.file.open("r+b" if self._writable else "rb") as file:
                 access = mmap.ACCESS_WRITE if self._writable else mmap.ACCESS_READ
@@ -67,17 +68,12 @@ class Mapped:
         dtype, count = DTYPES[tensor.dtype], math.prod(tensor.shape)
         return np.frombuffer(self._maps[tensor.file], dtype, count, tensor.start).reshape(tensor.shape)
 
-    def forget(self, tensor: Tensor) -> None:
+    def forget(self, name: str) -> None:
         """Takes the tensor's pages out of this process's memory; they stay in the system's page cache."""
+        tensor = self._tensors[name]
         start = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
         if tensor.nbytes and hasattr(mmap, "MADV_DONTNEED"):
             self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, start, tensor.start + tensor.nbytes - start)
-
-    def close(self) -> None:
-        """Unmaps. Arrays made from the maps must be gone."""
-        for mapped in self._maps.values():
-            mapped.close()
-        self._maps.clear()
 
 
 BUFFERED_BYTES = 32 << 20
@@ -85,29 +81,32 @@ BUFFERED_BYTES = 32 << 20
 
 
 class Buffered:
-    """Tensors to be written. Up to `BUFFERED_BYTES` they are put together in memory: a page of a map that is filled
-    for the first time costs its zeroing and a fault. Larger ones are maps.
+    """`tensors` to be written, a `transfer.Target`. Up to `BUFFERED_BYTES` they are put together in memory: a page of a
+    map that is filled for the first time costs its zeroing and a fault. Larger ones are maps.
     """
 
-    def __init__(self):
-        self._mapped, self._held = Mapped(writable=True), {}
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors, self._mapped, self._held = tensors, Mapped(tensors, writable=True), {}
 
-    def array(self, tensor: Tensor) -> np.ndarray:
+    def array(self, name: str) -> np.ndarray:
         """What becomes the tensor, to be filled."""
+        tensor = self._tensors[name]
         if tensor.nbytes > BUFFERED_BYTES:
-            return self._mapped.array(tensor)
-        return self._held.setdefault(tensor, np.empty(tensor.shape, DTYPES[tensor.dtype]))
+            return self._mapped.array(name)
+        if name not in self._held:
+            self._held[name] = np.empty(tensor.shape, DTYPES[tensor.dtype])
+        return self._held[name]
 
-    def forget(self, tensor: Tensor) -> None:
+    def forget(self, name: str) -> None:
         """Takes what is filled of a map out of this process's memory."""
-        if tensor not in self._held:
-            self._mapped.forget(tensor)
+        if name not in self._held:
+            self._mapped.forget(name)
 
-    def put(self, tensor: Tensor) -> None:
+    def put(self, name: str) -> None:
         """The array is filled: writes it. Raises OSError."""
-        if tensor not in self._held:
-            return self._mapped.forget(tensor)
-        data = memoryview(self._held.pop(tensor).reshape(-1).view(np.uint8))
+        if name not in self._held:
+            return self._mapped.forget(name)
+        tensor, data = self._tensors[name], memoryview(self._held.pop(name).reshape(-1).view(np.uint8))
         with tensor.file.open("r+b", buffering=0) as file:
             file.seek(tensor.start)
             while data:

@@ -214,9 +214,9 @@ def test_tensors_written_here_are_read_by_the_safetensors_library(tmp_path):
     arrays = {f"a{i}": rng.standard_normal((i + 1, 7)).astype(np.float32) for i in range(5)}
     wanted = [(name, "F32", array.shape) for name, array in arrays.items()]
     placed = safetensors_files.create(tmp_path, wanted, max_shard_bytes=200)
-    mapped = safetensors_files.Mapped(writable=True)
+    mapped = safetensors_files.Mapped(placed, writable=True)
     for name, array in arrays.items():
-        mapped.array(placed[name])[...] = array
+        mapped.array(name)[...] = array
     index = json.loads((tmp_path / safetensors_files.INDEX).read_text())
     assert len(set(index["weight_map"].values())) > 2
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
@@ -324,11 +324,11 @@ def big(folder: Path, vocab: int = 49_152, width: int = 1024) -> int:
 
     planned = GPT2.plan(GPT2.model(config, "here"))
     placed = safetensors_files.create(folder, [(t.name, "F32", t.shape) for t in planned.values()], 1 << 40)
-    mapped = safetensors_files.Mapped(writable=True)
+    mapped = safetensors_files.Mapped(placed, writable=True)
     rng = np.random.default_rng(0)
     row = rng.standard_normal(width).astype(np.float32)
     for name, tensor in placed.items():
-        mapped.array(tensor)[...] = row[0] if name.endswith("bias") else np.resize(row, tensor.shape[-1])
+        mapped.array(name)[...] = row[0] if name.endswith("bias") else np.resize(row, tensor.shape[-1])
     return 4 * vocab * width
 
 

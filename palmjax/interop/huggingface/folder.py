@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from palmjax.config import ConfigError, section
 from palmjax.data.vocabulary import HuggingFace, PassThrough, SentencePiece, Vocabulary
 from palmjax.interop import safetensors_files
@@ -97,35 +95,6 @@ def max_length(config: Mapping[str, Any]) -> int:
     """Tokens of the longest row that the model was made for."""
     names = ("max_position_embeddings", "n_positions", "seq_length", "n_ctx")
     return next((int(config[name]) for name in names if config.get(name)), 2048)
-
-
-class Tensors:
-    """Tensors of safetensors files as `transfer.Source`."""
-
-    def __init__(self, tensors: Mapping[str, safetensors_files.Tensor]):
-        self._tensors, self._mapped = tensors, safetensors_files.Mapped()
-
-    def array(self, name: str) -> np.ndarray:
-        return self._mapped.array(self._tensors[name])
-
-    def forget(self, name: str) -> None:
-        self._mapped.forget(self._tensors[name])
-
-
-class NewTensors:
-    """Tensors of safetensors files that were made to be filled, as `transfer.Target`."""
-
-    def __init__(self, tensors: Mapping[str, safetensors_files.Tensor]):
-        self._tensors, self._buffered = tensors, safetensors_files.Buffered()
-
-    def array(self, name: str) -> np.ndarray:
-        return self._buffered.array(self._tensors[name])
-
-    def forget(self, name: str) -> None:
-        self._buffered.forget(self._tensors[name])
-
-    def put(self, name: str) -> None:
-        self._buffered.put(self._tensors[name])
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------
