@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from palmjax.config import ConfigError
+from palmjax.quiet import quiet_libraries
 
 MODULES = (
     "palmjax.config",
@@ -94,7 +95,8 @@ class Names:
         while self._pending:
             module = self._pending[0]
             try:
-                self._imported += _defined_in(module)
+                with quiet_libraries():
+                    self._imported += _defined_in(module)
             except ImportError as error:
                 raise ConfigError(f"{sought}, but `import {module}` failed: {error}") from error
             del self._pending[0]

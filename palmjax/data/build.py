@@ -18,7 +18,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from palmjax.data.index import Source
 from palmjax.data.progress import BuildProgress
 from palmjax.data.store import FORMAT, Folder, PartWriter, is_complete, part_name, write_manifest
 from palmjax.data.vocabulary import Bytes, HuggingFace, PassThrough, SentencePiece, Vocabulary
+from palmjax.quiet import quiet_libraries
 
 MAX_PARTS = 1024
 ARBITRARY_PARTS = 64  # for a source that can be cut in any number of parts
@@ -241,14 +241,12 @@ def _locked(path: str) -> Iterator[None]:
 @functools.cache
 def import_seqio() -> Any:
     """seqio, imported without TensorFlow's start-up chatter, and with the accelerators left to JAX."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     import absl.logging
 
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:
-        with warnings.catch_warnings(), _quiet_stderr():
+        with warnings.catch_warnings(), quiet_libraries():
             warnings.simplefilter("ignore")
             import seqio
             import tensorflow as tf
@@ -261,25 +259,6 @@ def import_seqio() -> Any:
     finally:
         absl.logging.set_verbosity(verbosity)
     return seqio
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Keeps what C++ libraries write to stderr while they load; shows it if loading fails (TensorFlow 2.21 ignores
-    TF_CPP_MIN_LOG_LEVEL until it is initialised)."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            file.seek(0)
-            os.write(kept, file.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def _find(name: str, modules: tuple[str, ...], tasks: tuple[TaskPart, ...]) -> Any:
