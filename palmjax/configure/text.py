@@ -179,6 +179,8 @@ class Reader:
         }
         hint = nearest(os.path.basename(name), {file.name for file in gin_files}, prefix="; did you mean ")
         hint = hint or nearest(name.removeprefix("gin/"), shipped, prefix="; did you mean ")
+        if name.startswith("t5x/"):
+            hint = '; T5X configures its own code there: include "run/train.gin", a model and an optimizer instead'
         searched = ", ".join(_shown(place.parent) for place in places)
         raise ConfigError(f"{where}no gin file {name!r}{hint}\n  searched in {searched}")
 
