@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -136,6 +137,15 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
+
+
+def check_regex(pattern: str, what: str) -> str:
+    """`pattern` itself. Raises ConfigError, saying what it is, if it is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{what} {pattern!r} is not a regular expression: {error}") from error
+    return pattern
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, Record]]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from palmjax.config import ConfigError, Part, require, section
 from palmjax.evaluation.detokenize import DetokenizerPart
-from palmjax.evaluation.documents import Document
+from palmjax.evaluation.documents import Document, check_regex
 from palmjax.evaluation.score import (
     CHOICE_METRICS,
     AnyMetric,
@@ -253,6 +253,9 @@ class Rolling(FormPart):
     detokenizer: DetokenizerPart | None = None
     words: str = r"\s+"
 
+    def __post_init__(self) -> None:
+        check_regex(self.words, "Rolling.words =")
+
     @property
     def metrics(self) -> tuple[AnyMetric, ...]:
         return (
@@ -289,10 +292,7 @@ class Extract:
     last: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ConfigError(f"Extract.pattern = {self.pattern!r}: not a regular expression: {error}") from error
+        check_regex(self.pattern, "Extract.pattern =")
 
     def find(self, output: str) -> str | None:
         """The answer, or None if the output has none."""
@@ -326,6 +326,8 @@ class Generate(FormPart):
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, self, "max_new_tokens", "1 or more")
         require(bool(self.extract), self, "extract", "at least one Extract")
+        for pattern in self.ignore:
+            check_regex(pattern, "Generate.ignore:")
 
     @property
     def metrics(self) -> tuple[AnyMetric, ...]:

@@ -19,6 +19,7 @@ from palmjax.evaluation.documents import (
     Patterns,
     Record,
     SourcePart,
+    check_regex,
     digest,
     find_files,
     lookup,
@@ -60,10 +61,7 @@ class Records(SourcePart):
 
     def __post_init__(self) -> None:
         for pattern in (*self.parse.values(), *(pattern for pattern, _ in self.replace)):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"Records: {pattern!r} is not a regular expression: {error}") from error
+            check_regex(pattern, "Records:")
         if self.choices and (self.answer is None) == (self.scores is None):
             raise ConfigError("Records.answer or Records.scores must be given with `choices`: one of the two")
 

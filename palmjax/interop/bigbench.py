@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from palmjax.config import ConfigError, require, section
-from palmjax.evaluation.documents import Document, SourcePart, digest, lookup, parse_json
+from palmjax.evaluation.documents import Document, SourcePart, check_regex, digest, lookup, parse_json
 from palmjax.evaluation.records import checked_scores, text_of
 
 PREFIXES = {
@@ -125,8 +124,4 @@ class BigBench(SourcePart):
 
     def _output(self, task: Mapping[str, Any]) -> str:
         pattern = text_of(task.get("output_regex") or "", "output_regex", self.path)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{self.path}: output_regex {pattern!r} is not a regular expression: {error}") from error
-        return pattern
+        return check_regex(pattern, f"{self.path}: output_regex")

@@ -385,6 +385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, rest = configure.parse_flags(sys.argv[1:] if argv is None else argv)
     options = _flags().parse_args(rest)
     source, target = Path(options.source).expanduser(), Path(options.dest).expanduser().absolute()
+    if source.absolute() == target:
+        raise ConfigError(f"{target} is SOURCE and DEST: convert into a folder of its own")
     kind = _kind(source)
     to = options.to or ("huggingface" if kind == "palmjax" else "palmjax")
     match kind, to:

@@ -14,7 +14,7 @@ from palmjax.config import ConfigError
 from palmjax.data.vocabulary import Bytes
 from palmjax.evaluation import evaluate
 from palmjax.evaluation.documents import read_records
-from palmjax.evaluation.forms import Choices, Extract, Generate, Predict
+from palmjax.evaluation.forms import Choices, Extract, Generate, Predict, Rolling
 from palmjax.evaluation.prompts import Encoder
 from palmjax.evaluation.records import Records
 from palmjax.evaluation.tasks import Suite, Task
@@ -103,8 +103,13 @@ def test_forms_refuse_documents_that_they_cannot_ask(tmp_path: Path) -> None:
     for text in ("{", "{}", "{a:3}", "{a!r}"):
         with pytest.raises(ConfigError, match="template"):
             Template(text)
-    with pytest.raises(ConfigError, match="not a regular expression"):
-        Extract(pattern="(")
+    for wrong in (
+        lambda: Extract(pattern="("),
+        lambda: Rolling(words="("),
+        lambda: Generate(context="{q}", target="", ignore=("(",)),
+    ):
+        with pytest.raises(ConfigError, match=r"'\(' is not a regular expression"):
+            wrong()
 
 
 def test_a_suite_names_the_mistake(tmp_path: Path) -> None:
