@@ -69,7 +69,8 @@ def find(folder: str, step: int, rewinds: int | None = None) -> Logged:
             found = Logged(line=record, start=start, rewinds=made, branch=branch)
     if found is None:
         there = [f"{min(b)}..{max(b)}" + (f" after rewind {made}" if made else "") for made, b in branches.items()]
-        raise ConfigError(f"{folder} has no line of step {step}; it has steps {', '.join(there) or 'none'}")
+        behind = f" after rewind {rewinds}" if rewinds else ""
+        raise ConfigError(f"{folder} has no line of step {step}{behind}; it has steps {', '.join(there) or 'none'}")
     return found
 
 

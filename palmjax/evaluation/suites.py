@@ -45,7 +45,8 @@ class Which:
 class Session:
     """A suite with its prompts made, on one model and mesh.
 
-    Raises ConfigError, naming file and line, for what is no document, and for rows longer than the model's positions.
+    Raises ConfigError, naming file and line, for what is no document, for rows longer than the model's positions, and
+    for a token store (`Suite.contamination`) that is not there.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Session:
         self.max_length = min(limit for limit in limits if limit is not None)
         if suite.max_length is not None and suite.max_length > self.max_length:
             raise ConfigError(f"Suite.max_length = {suite.max_length}: the model has {self.max_length} positions")
+        self._store = None if suite.contamination is None else TokenStore(suite.contamination)
         self.asked = evaluate.ask(suite.build(), Encoder(vocabulary, self.max_length), suite.formats)
         distributed.agree("prompts", manifest.prompts_root(self.asked))
         self._backend = ModelBackend(model, mesh, experiment.sharding, vocabulary, self.max_length, suite.seed)
@@ -107,12 +109,11 @@ class Session:
 
     def contamination(self) -> results.Contamination | None:
         """Which documents the suite's token store holds; None without one. Looked for once."""
-        if self.suite.contamination is None or self._contamination is not None:
+        if self._store is None or self._contamination is not None:
             return self._contamination
-        store = TokenStore(self.suite.contamination)
         tasks = {each.name: each.documents.documents for each in self.asked}
         documents = [document for listed in tasks.values() for document in listed]
-        dirty = iter(contamination.overlap(documents, store))
+        dirty = iter(contamination.overlap(documents, self._store))
         self._contamination = {name: [next(dirty) for _ in listed] for name, listed in tasks.items()}
         return self._contamination
 
@@ -129,8 +130,7 @@ class Session:
             "suite": self.definition,
             "model": _flat(self._experiment.model),
         }
-        if self.suite.contamination is not None:
-            store = TokenStore(self.suite.contamination)
+        if (store := self._store) is not None:
             facts["contamination"] = {"store": store.path, "fingerprint": store.fingerprint, "tokens": store.num_tokens}
         return manifest.describe(self.asked, self._vocabulary, **facts)
 

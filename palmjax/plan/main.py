@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _model_alone(flags):
             raise ConfigError(_completed(flags.files[-1], options.topology)) from error
         raise
+    if options.output is not None:
+        _make_folder(options.output)  # what can't be written is told before minutes of compiling
     if options.search:
         return _search(experiment, target, flags, options)
     if experiment.mesh == MeshConfig() and target.devices > 1:
@@ -205,12 +207,18 @@ def _rows(options: Any) -> list[int] | None:
     return rows
 
 
+def _make_folder(output: str) -> None:
+    try:
+        os.makedirs(output, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output={output} can't be written: {error.strerror}") from error
+
+
 def _write(plan: build.Plan, values: dict[str, Any], folder: str | None) -> None:
     """plan.json (`values`) and plan.png in `folder`, if one is given. Raises ConfigError if it can't be written."""
     if folder is None:
         return
     try:
-        os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "plan.json"), "w") as file:
             json.dump(values, file, indent=1)
         report.picture(plan, os.path.join(folder, "plan.png"))

@@ -228,7 +228,7 @@ def test_what_cannot_be_evaluated_is_refused_in_a_line(
     text = capfd.readouterr().err
     error = text[text.index("error: ") :].strip()
     assert words in error and "Traceback" not in text and len(error.splitlines()) <= 2, error
-    assert not (tmp_path / "out" / "result.json").exists()
+    assert not (tmp_path / "out").exists(), "it is refused before anything is asked"
 
 
 def test_flags_of_tasks_need_tasks(undisturbed: Path, capfd) -> None:

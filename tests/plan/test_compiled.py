@@ -207,6 +207,7 @@ def test_a_record_holds_until_the_step_changes(
         (["--topology", "v4:2x2x1", "--slices", "2"], "asks for 4 devices"),
         (["--topology", "v4:2x2x1", "--batch_size", "7"], "not divisible"),
         (["--topology", "v4:2x2x1", "--batch_size", "0"], "at least 1"),
+        (["--topology", "v4:2x2x1", "--output", TINY], "tiny.gin can't be written"),
         ([], "--topology is missing"),
         (["--topology", "v4:2x2x1", "--search", "--batch_sizes", "many"], "numbers of rows"),
         (["--check", "--topology", "v4:2x2x1"], "from the files' headers"),
