@@ -392,4 +392,9 @@ def _seed(task: Any) -> int | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What went wrong; of TensorFlow's tracebacks as text ("in user code:") the last line, and where."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0] == "in user code:":
+        places = [found for line in lines if (found := re.match(r'File "(.+)", line (\d+)', line))]
+        return lines[-1] + (f" ({places[-1][1]}:{places[-1][2]})" if places else "")
+    return lines[0] if lines else type(error).__name__

@@ -339,6 +339,12 @@ def mistakes(seqio: Any) -> dict[str, tuple[dict[str, Any], str]]:
     seqio.TaskRegistry.add(
         "no_files", seqio.TextLineDataSource({"train": "/nowhere/*.txt"}), output_features={"targets": eos}
     )
+    seqio.TaskRegistry.add(
+        "failing",
+        seqio.TextLineDataSource({"train": __file__}),
+        preprocessors=[lambda dataset: dataset.map(lambda example: example["target"])],
+        output_features={"targets": eos},
+    )
     seqio.MixtureRegistry.add("differing", [("good", 1), ("extra_ids", 1)])
     seqio.MixtureRegistry.add("uncounted", ["good"], default_rate=seqio.mixing_rate_num_examples)
     seqio.MixtureRegistry.add("negative", [("good", -1)])
@@ -355,6 +361,7 @@ def mistakes(seqio: Any) -> dict[str, tuple[dict[str, Any], str]]:
         "too_large": ({}, "task 'too_large', split 'train': token id 10 is outside the vocabulary of 10 ids"),
         "absent": ({}, "task 'absent', split 'train': Task dataset is missing expected output feature .*: inputs"),
         "no_files": ({}, "task 'no_files', split 'train': its source has no files"),
+        "failing": ({}, r"task 'failing', split 'train': \w+: .* \(.*test_build.py:\d+\)"),
         "differing": ({}, "tasks of mixture 'differing' differ in vocabulary: extra_ids, good"),
         "uncounted": ({}, "mixture 'uncounted': the rate of task 'good' cannot be computed"),
         "negative": ({}, "mixture 'negative': the rate of task 'good' is -1.0"),
