@@ -1,6 +1,6 @@
 """NVIDIA's cards as XLA wants them described to compile for one that is not there.
 
-What NVIDIA prints of each: CUDA C++ programming guide, table of compute capabilities; datasheets. Imports nothing.
+What NVIDIA prints of each: CUDA C++ programming guide, table of compute capabilities; datasheets.
 """
 
 from __future__ import annotations

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import TextIO
+
+
+@functools.cache
+def _terminal() -> TextIO:
+    """What stderr was. Never closed: a library's log handler, made while it was imported, may keep it."""
+    return open(os.dup(2), "w", buffering=1)
 
 
 @contextlib.contextmanager
@@ -18,10 +26,11 @@ def quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     sys.stderr.flush()
-    kept, before = os.dup(2), sys.stderr
-    with tempfile.TemporaryFile() as hidden, open(os.dup(kept), "w", buffering=1) as shown:
-        if before is sys.__stderr__:  # else it does not write to the descriptor
-            sys.stderr = shown
+    before = sys.stderr
+    if before is sys.__stderr__:  # else it does not write to the descriptor
+        sys.stderr = _terminal()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as hidden:
         os.dup2(hidden.fileno(), 2)
         try:
             yield

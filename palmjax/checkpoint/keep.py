@@ -90,9 +90,8 @@ def prune(folder: str, *, keep: int, keep_every: int | None, dry_run: bool) -> t
     What a save or a deletion that was killed has left goes too. The caller holds the lock.
     """
     path = as_path(folder)
-    gone = doomed(path, SaveCheckpointConfig(keep=keep, keep_period=keep_every))
-    stay = [step for step in steps(path) if step not in gone]
+    found, gone = steps(path), doomed(path, SaveCheckpointConfig(keep=keep, keep_period=keep_every))
     if not dry_run:
         clear(path)
-        delete(path, gone)
-    return gone, stay
+        gone = [*delete(path, gone)]
+    return gone, [step for step in found if step not in gone]
