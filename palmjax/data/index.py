@@ -47,10 +47,12 @@ def digest(value: Any) -> str:
 
 
 def files_state(patterns: Sequence[str]) -> str:
-    """Digest of path, size and time of change of every file that the patterns match; "" if there is none."""
+    """Digest of path and size of every file that the patterns match; "" if there is none.
+
+    Not of the time of change: a copy has another one, and so it may have on another host, which would wait for a store.
+    """
     files = sorted({path for pattern in patterns for path in glob.glob(pattern)})
-    states = [(path, os.stat(path)) for path in files]
-    return digest([[path, state.st_size, state.st_mtime_ns] for path, state in states]) if states else ""
+    return digest([[path, os.path.getsize(path)] for path in files]) if files else ""
 
 
 def values_of(part: TaskPart) -> list[Any]:

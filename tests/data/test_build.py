@@ -309,6 +309,8 @@ def test_files_that_changed_are_read_again_and_files_that_are_gone_are_not_misse
     settings = config(tmp_path / "stores", "own_lines", modules=(), task_feature_lengths={"targets": 4})
     before = open_dataset(settings).tokens_total
     assert index.lookup(settings)
+    os.utime(text)  # as of a copy
+    assert index.lookup(settings)
     text.write_text("one\ntwo\nthree\n")
     assert index.lookup(settings) is None
     assert open_dataset(settings).tokens_total == before + len("three") + 1  # EOS
