@@ -41,9 +41,9 @@ class Slow:
 class Time:
     """A predicted step. All values are seconds a step unless said.
 
-    kinds: matmul, other compute, kernel, exposed ICI, exposed DCN. hidden: ICI and DCN seconds behind compute. axes:
-    exposed communication by mesh axes. parts: by (part of the model, pass), as "mlp backward". layer: of one layer,
-    forward and backward together; outside: embeddings, loss, optimizer. sources: by where the figure comes from.
+    kinds: by `cost.KINDS`. hidden: communication behind compute. axes: exposed communication by mesh axes. parts: by
+    (part of the model, pass), as "mlp backward". layer: of one layer, forward and backward together; outside:
+    embeddings, loss, optimizer. sources: by where the figure comes from.
     """
 
     step: float
@@ -203,12 +203,12 @@ def _time(step: cost.Step, layers: int) -> Time:
     slowest = sorted(step.entries, key=lambda e: -e.total)[:SLOWEST]
     parts: dict[str, float] = {}
     for entry in step.entries:
-        name = part(entry.op_name) if entry.kind not in (cost.ICI, cost.DCN) else entry.kind
+        name = part(entry.op_name) if entry.kind not in cost.COMMUNICATION else entry.kind
         parts[name] = parts.get(name, 0.0) + entry.total
     return Time(
         step=step.seconds,
         kinds={kind: step.by("kind").get(kind, 0.0) for kind in cost.KINDS},
-        hidden=sum(e.hidden * e.runs for e in step.entries if e.kind in (cost.ICI, cost.DCN)),
+        hidden=sum(e.hidden * e.runs for e in step.entries if e.kind in cost.COMMUNICATION),
         axes={axis: seconds for axis, seconds in step.by("axis").items() if axis},
         parts=dict(sorted(parts.items(), key=lambda item: -item[1])),
         layer=inside / layers,

@@ -53,8 +53,11 @@ _FREE = frozenset(
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 _FAR = 6
 """Steps back to the operation whose result a transfer moves: a start, copies, a bitcast."""
-MATMUL, OTHER, KERNEL, ICI, DCN = "matmul", "other compute", "kernel", "exposed ICI", "exposed DCN"
-KINDS = (MATMUL, OTHER, KERNEL, ICI, DCN)
+MATMUL, OTHER, KERNEL = "matmul", "other compute", "kernel"
+ICI, NVLINK, DCN = "exposed ICI", "exposed NVLink", "exposed DCN"
+"""Between the chips of a slice; between the GPUs of a node; between slices or nodes, over the data centre's network."""
+COMMUNICATION = (ICI, NVLINK, DCN)
+KINDS = (MATMUL, OTHER, KERNEL, *COMMUNICATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,8 @@ class _Transfer:
 
 def _kind(resources: tuple[str, ...]) -> str:
     """What a wait for one of `resources` counts as."""
-    return DCN if "dcn" in resources else OTHER if "hbm" in resources else ICI
+    named = {"dcn": DCN, "nvlink": NVLINK, "hbm": OTHER}
+    return next((kind for resource, kind in named.items() if resource in resources), ICI)
 
 
 class _Walk:
@@ -372,7 +376,7 @@ class _Walk:
     def _add(self, kind: str, seconds: float, runs: int, instruction: hlo.Instruction, **details: Any) -> None:
         named = self.module.named(instruction)
         name, place = named.op_name, self.module.source(named)
-        if not name and kind in (ICI, DCN):
+        if not name and kind in COMMUNICATION:
             name, place = self._moves(instruction)
         self.entries.append(Entry(kind, seconds, runs, instruction, name, place, inside=self.inside, **details))
 

@@ -120,6 +120,7 @@ _COLORS = {
     cost.OTHER: "#e0a030",
     cost.KERNEL: "#7b4fa3",
     cost.ICI: "#c2452d",
+    cost.NVLINK: "#c2452d",
     cost.DCN: "#7a1f3d",
 }
 

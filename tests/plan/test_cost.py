@@ -143,3 +143,18 @@ def test_the_slower_branch_counts() -> None:
     )
     choose = "  %k = s32[] constant(0)\n  %o = f32[8]{0} conditional(%k, %a, %a), branch_computations={%fast, %slow}"
     assert step(choose, computations=branches).seconds == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(("gpus", "kind"), [(8, cost.NVLINK), (16, cost.DCN)])
+def test_gpus_of_a_node_talk_over_nvlink_and_nodes_over_the_network(gpus: int, kind: str) -> None:
+    where = topology.parse("h200:16")
+    coords = np.stack([np.zeros(16, int), np.arange(16)], 1)
+    group = ",".join(map(str, range(gpus)))
+    gather = f"all-gather(%a), replica_groups={{{{{group}}}}}, dimensions={{0}}"
+    text = (
+        "HloModule jit_step, is_scheduled=true\n\nENTRY %main (a: f32[8]) -> f32[128] {\n"
+        f"  %a = f32[8]{{0}} parameter(0)\n  ROOT %g = f32[{8 * gpus}]{{0}} {gather}\n}}\n"
+    )
+    assert where.hardware is not None
+    found = cost.predict(hlo.parse(text), where.hardware, Network(where, coords, {"fsdp": 16}), 1)
+    assert found.by("kind") == {kind: found.seconds} and found.seconds > 0
