@@ -70,6 +70,9 @@ def _chip(kind: str) -> chips.Chip:
     return chip
 
 
+GPUS_PER_NODE = 8
+"""Of a DGX or HGX node, joined by NVSwitch."""
+
 _GBIT = 1e9 / 8
 _MXU = 128 * 128
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pallas_kernels import gpu_cards
 from palmjax.config import ConfigError
-from palmjax.plan.network import PER_NODE
+from palmjax.plan.chips import GPUS_PER_NODE
 from palmjax.plan.topology import Topology
 
 
@@ -32,10 +32,10 @@ def devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     count = topology.chips
-    hosts, rest = divmod(count, PER_NODE)
-    if count > PER_NODE and rest:
-        raise ConfigError(f"--topology={topology}: more than {PER_NODE} GPUs are whole nodes of {PER_NODE}")
-    shape = f"1x{hosts}x{PER_NODE}" if hosts else f"1x1x{count}"
+    hosts, rest = divmod(count, GPUS_PER_NODE)
+    if count > GPUS_PER_NODE and rest:
+        raise ConfigError(f"--topology={topology}: more than {GPUS_PER_NODE} GPUs are whole nodes of {GPUS_PER_NODE}")
+    shape = f"1x{hosts}x{GPUS_PER_NODE}" if hosts else f"1x1x{count}"
     return list(topologies.get_topology_desc(platform="cuda", target_config=target(topology), topology=shape).devices)
 
 

@@ -28,9 +28,6 @@ import numpy as np
 from palmjax.plan import chips
 from palmjax.plan.topology import Topology
 
-PER_NODE = 8
-"""GPUs of a DGX or HGX node, joined by NVSwitch."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Span:
@@ -141,7 +138,7 @@ class Network:
         if (places[:, 0, 0] != places[:, 1, 0]).any():
             return self.exchange(size)
         if self.hardware.ici_dims == 0:
-            nodes = places[:, :, 1] // PER_NODE
+            nodes = places[:, :, 1] // chips.GPUS_PER_NODE
             crosses = bool((nodes[:, 0] != nodes[:, 1]).any())
             return Cost(size / (self.dcn if crosses else self.link), ("dcn" if crosses else "nvlink",))
         shape = np.array(self.topology.shape)
@@ -191,7 +188,7 @@ class Network:
         gathered over its own part of the network; inside one it all goes over the switch.
         """
         n, times = len(group), 2.0 if kind == "all-reduce" else 1.0
-        nodes = len(np.unique(self.coords[group][:, 1] // PER_NODE))
+        nodes = len(np.unique(self.coords[group][:, 1] // chips.GPUS_PER_NODE))
         latency = math.log2(n) * chips.ICI_HOP_SECONDS
         if nodes == 1:
             return Cost(times * size * (n - 1) / n / self.link + latency, ("nvlink",))

@@ -16,7 +16,8 @@ from typing import Any
 
 from palmjax.config import ConfigError
 from palmjax.files import write_whole
-from palmjax.plan import compiler, memory, topology
+from palmjax.plan import compiler, devices, memory
+from palmjax.plan.topology import Topology
 
 OUT_OF_MEMORY = ("CompileTimeHbmOom", "memory space hbm", "Ran out of memory on HBM")
 """Marks of a device whose memory is too small; a kernel that exceeds the chip's scratch memory is another error."""
@@ -30,8 +31,7 @@ def answer(request: compiler.Request, root: pathlib.Path, dump: str) -> dict[str
     from palmjax.step import program
 
     jax.config.update("jax_enable_compilation_cache", False)  # a program from jax's cache comes without its dumps
-    devices = topology.devices(request.topology)
-    built = mesh.build(request.experiment.mesh, devices)
+    built = mesh.build(request.experiment.mesh, devices.of(request.topology))
     prog = program(request.experiment, built)
     lowered = prog.lower(request.rows, request.length)
     version = _compiler(request.topology)
@@ -82,7 +82,7 @@ def _coords(device: Any) -> list[int]:
     return [getattr(device, "slice_index", 0) or 0, *place]
 
 
-def _compiler(target: topology.Topology) -> str:
+def _compiler(target: Topology) -> str:
     """The compiler's package and version."""
     platform = target.hardware.platform if target.hardware else "cpu"
     for package in {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}.get(platform, ("jaxlib",)):
@@ -107,7 +107,7 @@ def main() -> int:
         flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text=true --xla_dump_hlo_module_re=^jit_step$"
         os.environ["XLA_FLAGS"] = re.sub(r"--xla_dump\S*", "", os.environ.get("XLA_FLAGS", "")) + " " + flags
         try:
-            topology.prepare_environment(request.topology)
+            devices.prepare_environment(request.topology)
             result = answer(request, pathlib.Path(root), dump)
         except ConfigError as error:
             result = {"config_error": str(error)}
