@@ -112,18 +112,22 @@ def _slot(work: Work, step: Any) -> Any:
 
 
 def _copies(work: Work, of: _Refs) -> None:
-    """The copying warpgroup: queries of each item, then its tiles of keys and values in turn."""
+    """The copying warpgroup: tiles of keys and values of each item in turn, and its queries when the slots are full.
+
+    Not before: until the item before is done with its queries there is room for tiles, but not for queries.
+    """
     slots = COMPUTE * work.stages
 
     def visit(item: _Item) -> None:
-        @pl.when(item.step > 0)
-        def _() -> None:
-            plgpu.barrier_wait(of.q_empty)
+        def queries() -> None:
+            @pl.when(item.step > 0)
+            def _() -> None:
+                plgpu.barrier_wait(of.q_empty)
 
-        rows = pl.ds(item.row_block * ROWS, work.rows)
-        plgpu.copy_gmem_to_smem(of.q.at[item.sequence, rows], of.q_smem.at[0, pl.ds(0, work.rows)], of.q_full)
-        rows = pl.ds(item.row_block * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(of.numbers.at[item.sequence, :, rows], of.number_smem, of.q_full)
+            rows = pl.ds(item.row_block * ROWS, work.rows)
+            plgpu.copy_gmem_to_smem(of.q.at[item.sequence, rows], of.q_smem.at[0, pl.ds(0, work.rows)], of.q_full)
+            rows = pl.ds(item.row_block * ROWS, ROWS)
+            plgpu.copy_gmem_to_smem(of.numbers.at[item.sequence, :, rows], of.number_smem, of.q_full)
 
         def tile(index: Any, _: None) -> None:
             step = item.step + index - item.first
@@ -139,7 +143,10 @@ def _copies(work: Work, of: _Refs) -> None:
 
                 _copy_tile(work, of, item, index, ref, tiles.at[slot], full.at[slot])
 
-        jax.lax.fori_loop(item.first, item.last, tile, None)
+        full = jnp.minimum(item.first + slots, item.last)
+        jax.lax.fori_loop(item.first, full, tile, None)
+        queries()
+        jax.lax.fori_loop(full, item.last, tile, None)
 
     steps = _for_items(work, of, visit)
 
@@ -223,6 +230,8 @@ def _part(plan: Plan, work: Work, names: tuple[str, ...], of: _Refs, item: _Item
 
     turns = (item.last - ahead - mine + COMPUTE - 1) // COMPUTE
     sums = jax.lax.fori_loop(0, turns, tile, gpu_tile.no_sums(plan))
+    # The numbers were read in the ordinary way, unlike q, before the next copy's write.
+    plgpu.commit_smem()
     plgpu.barrier_arrive(of.q_empty)
     return sums
 
@@ -244,11 +253,6 @@ def _clear(plan: Plan, tile: Any, count: Any) -> None:
 def _kernel(plan: Plan, work: Work, names: tuple[str, ...], *refs: Any) -> None:
     of = _Refs(*refs)
     warpgroup = jax.lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup == COMPUTE)
-    def _() -> None:
-        gpu_tile.few_registers()
-        _copies(work, of)
 
     def give(item: _Item) -> None:
         top, total, values = _part(plan, work, names, of, item, warpgroup)
@@ -297,6 +301,12 @@ def _kernel(plan: Plan, work: Work, names: tuple[str, ...], *refs: Any) -> None:
         @pl.when(steps > 0)
         def _() -> None:
             plgpu.barrier_wait(of.taken)
+
+    # Last: what is made before a branch and used behind it takes registers of the branch, and here there are few.
+    @pl.when(warpgroup == COMPUTE)
+    def _() -> None:
+        gpu_tile.few_registers()
+        _copies(work, of)
 
 
 def parts(

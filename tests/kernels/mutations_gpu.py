@@ -27,6 +27,9 @@ MUTATIONS = {
     "values not waited for": Mutation(FORWARD, "plgpu.barrier_wait(tile_full.at[of_values])", "pass", RACES),
     "weights not waited for": Mutation(BACKWARD, "plgpu.barrier_wait(of.sent)", "pass", RACES),
     "a slot filled before it is empty": Mutation(TILE, "plgpu.barrier_wait(barrier.at[slot])", "pass", RACES),
+    "a warpgroup takes one turn more": Mutation(
+        FORWARD, "        pl.when(at.warpgroup == 0)(next_turn)", "        next_turn()", PLAIN
+    ),
     "decode: unwritten values weigh": Mutation(
         KERNEL, "_clear(plan, of.v_tiles.at[slot], item.most - start)", "pass", DECODE_TEST
     ),
@@ -46,8 +49,8 @@ MUTATIONS = {
     ),
     "decode: queries copied before the former are read": Mutation(
         KERNEL,
-        "            plgpu.barrier_wait(of.q_empty)\n\n        rows =",
-        "            pass\n\n        rows =",
+        "                plgpu.barrier_wait(of.q_empty)\n\n            rows =",
+        "                pass\n\n            rows =",
         DECODE_TEST,
     ),
     "decode: warpgroups' sums scaled by each other's": Mutation(
