@@ -206,6 +206,8 @@ def _weights_and_dv(
         plgpu.barrier_wait(of.q_full.at[slot])
         [products] = gpu_tile.products(plan, (of.k_smem.at[0], of.q_tiles.at[slot]))
         numbers = gpu_tile.numbers(plan, names, of.number_tiles.at[slot], COLUMN)
+        # Ordinary reads, unlike the products', before the next copy's write.
+        plgpu.commit_smem()
         plgpu.barrier_arrive(of.q_empty.at[slot])
         key = functools.partial(gpu_tile.counted, plan, first_key, products.shape, 0)
         weights, factor = _weights(plan, products, key, masked, numbers, COLUMN)
@@ -241,6 +243,7 @@ def _dk(plan: Plan, stream: Stream, names: tuple[str, ...], of: _Dkv, bounds: An
         plgpu.barrier_arrive(of.do_empty.at[slot])
         plgpu.barrier_wait(of.q_full.at[slot])
         delta = gpu_tile.numbers(plan, names, of.number_tiles.at[slot], COLUMN)["delta"]
+        plgpu.commit_smem()
         plgpu.barrier_wait(of.sent)
         factor = of.weights[0]
         plgpu.barrier_arrive(of.taken)

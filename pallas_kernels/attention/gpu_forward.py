@@ -39,9 +39,14 @@ def _kernel(
     q_full: Any,
     tile_full: Any,
     tile_empty: Any,
+    turns: Any,
 ) -> None:
     at = gpu_tile.key_block(table_ref)
     gpu_tile.copy_keys_and_values(ring, at, k_ref, v_ref, tiles, tile_full, tile_empty)
+
+    def next_turn() -> None:
+        plgpu.barrier_arrive(turns)
+        plgpu.barrier_wait(turns)
 
     @pl.when(at.warpgroup < COMPUTE)
     def _computes() -> None:
@@ -50,21 +55,27 @@ def _kernel(
         plgpu.copy_gmem_to_smem(q_ref.at[at.sequence, at.rows], mine, q_full.at[at.warpgroup])
         numbers = gpu_tile.numbers(plan, names, numbers_ref.at[at.sequence, :, at.rows], ROW)
         plgpu.barrier_wait(q_full.at[at.warpgroup])
+        # The warpgroups take turns at the matrix units: a tile's values and the next one's scores of the one, while the
+        # other weighs its scores (Shah et al. 2024, section 3.1). Both have the same tiles, so as many turns.
+        pl.when(at.warpgroup == 1)(next_turn)
 
         def tile(index: Any, masked: bool, so_far: gpu_tile.Sums) -> gpu_tile.Sums:
             of_keys, of_values = at.slots(ring, index)
             plgpu.barrier_wait(tile_full.at[of_keys])
-            [products] = gpu_tile.products(plan, (mine, tiles.at[of_keys]))
+            [products] = gpu_tile.products(plan, (mine, tiles.at[of_keys]), then=next_turn)
             plgpu.barrier_arrive(tile_empty.at[of_keys])
             key = functools.partial(gpu_tile.keys_as_columns, plan, places_ref, index * ring.keys, products.shape)
             z, _ = gpu_tile.scores(plan, products, key, masked, numbers, ROW)
             weights, (top, total, values) = gpu_tile.weigh(plan, z, so_far)
+            plgpu.barrier_arrive(turns)
             plgpu.barrier_wait(tile_full.at[of_values])
+            plgpu.barrier_wait(turns)
             values = gpu_tile.add_product(plan, values, weights.astype(v_ref.dtype), tiles.at[of_values])
             plgpu.barrier_arrive(tile_empty.at[of_values])
             return top, total, values
 
         top, total, values = gpu_tile.for_tiles(at.bounds, tile, gpu_tile.no_sums(plan), plan.ranged)
+        pl.when(at.warpgroup == 0)(next_turn)
         share, lse = gpu_tile.finish(plan, top, total)
         # Nobody reads these rows of q any more.
         mine[...] = (values * gpu_tile.over(share, values.shape, ROW)).astype(out_ref.dtype)
@@ -100,6 +111,7 @@ def forward(
             plgpu.Barrier(num_barriers=COMPUTE),
             plgpu.Barrier(num_barriers=ring.slots),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=ring.slots),
+            plgpu.Barrier(num_arrivals=COMPUTE),
         ),
         **gpu_tile.launch(NAME, (N, table.shape[1]), ("sequence", "block"), interpret),
     )(table, jnp.arange(k.shape[1], dtype=jnp.int32), gpu_tile.stacked(numbers), q, k, v)
