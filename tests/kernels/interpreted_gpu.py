@@ -1,10 +1,13 @@
-"""Mosaic GPU's interpreter as the tests need it: one compilation a kernel, and what its race detectors found."""
+"""Mosaic GPU's interpreter as the tests need it: one compilation a kernel, and what its race detectors found. And a
+table's rows as if they came from elsewhere: what is asserted of both holds whichever a table has.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -46,3 +49,9 @@ def detectors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(gpu_callbacks, name, recorded)
     return found
+
+
+def rows_of(rows: Iterable[Any], source: str) -> Callable[[], tuple[Any, ...]]:
+    """In place of a table's `rows`: the same ones, all from `source`."""
+    found = tuple(dataclasses.replace(row, source=source) for row in rows)
+    return lambda: found

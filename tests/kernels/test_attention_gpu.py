@@ -24,8 +24,9 @@ from pallas_kernels.attention import Case, Mask, attention, explain, gpu, gpu_ba
 from pallas_kernels.attention.gpu_plan import Ring, Stream, Tuning, key_bounds, parts_of, row_bounds
 from pallas_kernels.attention.masks import ranges
 from pallas_kernels.attention.reference import EMPTY
+from pallas_kernels.decode_attention import gpu_table as decode_table
 from tests.kernels.cases import Example, check, gradients
-from tests.kernels.interpreted_gpu import detectors, one_compilation_a_kernel
+from tests.kernels.interpreted_gpu import detectors, one_compilation_a_kernel, rows_of
 
 SMALL = Tuning(forward=Ring(keys=16, slots=3), dq=Ring(keys=16, slots=3), dkv=Stream(queries=32, stages=2))
 
@@ -156,8 +157,13 @@ def test_rows_are_shared_out_until_the_chip_is_full():
 CASE = Case(rows=1, length=8192, heads=16, kv_heads=1, head_dim=256, dtype="bfloat16", mask=Mask())
 
 
-def test_what_was_never_timed_runs_when_it_is_named():
-    assert all(row.source == "compiled" for row in gpu_table.rows())
+@pytest.mark.parametrize("row", [*gpu_table.rows(), *decode_table.rows()], ids=lambda row: f"{row.chip}-{row.head_dim}")
+def test_every_row_says_how_it_was_found(row):
+    assert set(row.provenance) >= {"jax", "date", {"compiled": "ptxas", "measured": "device"}[row.source]}
+
+
+def test_what_was_never_timed_runs_when_it_is_named(monkeypatch):
+    monkeypatch.setattr(gpu_table, "rows", rows_of(gpu_table.rows(), "compiled"))
     for chip in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
         assert "head_dim 256, compiled for sm_90a, not timed" in explain("gpu", CASE, chip)
         chosen = explain("auto", CASE, chip)
@@ -166,8 +172,7 @@ def test_what_was_never_timed_runs_when_it_is_named():
 
 
 def test_what_was_measured_runs_by_itself(monkeypatch):
-    measured = tuple(dataclasses.replace(row, source="measured") for row in gpu_table.rows())
-    monkeypatch.setattr(gpu_table, "rows", lambda: measured)
+    monkeypatch.setattr(gpu_table, "rows", rows_of(gpu_table.rows(), "measured"))
     assert explain("auto", CASE, "NVIDIA H200").startswith("attention: gpu ")
 
 
