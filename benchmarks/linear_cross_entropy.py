@@ -4,10 +4,11 @@ total by parts of the tokens, in plain XLA and as TPU kernels.
     python -m benchmarks.linear_cross_entropy [--chips "TPU v4"]
 
 All are compiled for the chip, forward and backward with a z-loss; needs libtpu, no TPU. Memory is the compiler's own
-peak of temporaries; the float32 sum of the table's gradient, which a total by tokens keeps beside what it returns, is
-in it and printed beside. Cycles are the compiler's estimates of its fusions times the trips of their loops, and for the
-kernels what `pallas_kernels.linear_cross_entropy.cost` finds (simulated, or bundles where the compiler does not
-simulate): what XLA schedules by, not a measured time.
+peak of temporaries; what is printed behind the + is in it: of a bfloat16 table, the float32 sum of its gradient, which
+a total by tokens keeps beside what it returns; of a float32 one (`parameters`), its copy in bfloat16. Cycles are the
+compiler's estimates of its fusions times the trips of their loops, and for the kernels what
+`pallas_kernels.linear_cross_entropy.cost` finds (simulated, or bundles where the compiler does not simulate): what XLA
+schedules by, not a measured time.
 """
 
 from __future__ import annotations
@@ -40,17 +41,20 @@ def cycles(text: str, trips: int) -> int:
     return total
 
 
-def compiled(chip: str, tokens: int, op: Callable[..., jax.Array]) -> Any:
-    """The gradient of `op(hidden, table, targets)`, compiled. Raises CompileError where it does not fit."""
-    operands = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((tokens, WIDTH), (VOCABULARY, WIDTH))]
-    targets = jax.ShapeDtypeStruct((tokens,), "int32")
-    return aot.compile_for(chip, jax.grad(op, argnums=(0, 1)), [*operands, targets])
+def compiled(chip: str, tokens: int, op: Callable[..., jax.Array], dtype: str) -> Any:
+    """The gradient of `op(hidden, table, targets)` with a table in `dtype`, compiled. Raises CompileError where it does
+    not fit.
+    """
+    hidden = jax.ShapeDtypeStruct((tokens, WIDTH), "bfloat16")
+    table, targets = jax.ShapeDtypeStruct((VOCABULARY, WIDTH), dtype), jax.ShapeDtypeStruct((tokens,), "int32")
+    return aot.compile_for(chip, jax.grad(op, argnums=(0, 1)), [hidden, table, targets])
 
 
 def by_vocabulary(impl: str, part: int) -> Callable[..., jax.Array]:
     """The loss from each token's, differentiated by jax."""
 
     def op(hidden: Any, table: Any, targets: Any) -> jax.Array:
+        table = table.astype(hidden.dtype)
         loss, log_z, _ = linear_cross_entropy(hidden, table, targets, scale=WIDTH**-0.5, impl=impl, part=part)
         return jnp.sum(loss + Z_LOSS * jnp.square(log_z))
 
@@ -84,17 +88,21 @@ def main(argv: list[str] | None = None) -> None:
         f"{options.tokens} tokens, width {WIDTH}, vocabulary {VOCABULARY}: logits {logits / 2**30:.2f} GiB in float32"
     )
     for chip in options.chips:
-        kept = 4 * VOCABULARY * WIDTH
-        for label, op, trips, beside in (
-            ("all at once", by_vocabulary("reference", VOCABULARY), 1, 0),
-            ("vocabulary, parts of 16384", by_vocabulary("xla", 16384), VOCABULARY // 16384, 0),
-            ("vocabulary, parts of 8192", by_vocabulary("xla", 8192), VOCABULARY // 8192, 0),
-            ("tokens, parts of 512, XLA", by_tokens(chip, "xla", 512), options.tokens // 512, kept),
-            ("tokens, parts of 1024, XLA", by_tokens(chip, "xla", 1024), options.tokens // 1024, kept),
-            ("tokens, parts of 1024, kernels", by_tokens(chip, "tpu", 1024), options.tokens // 1024, kept),
+        count = VOCABULARY * WIDTH
+        summed, copied = ("bfloat16", 4 * count), ("float32", 2 * count)
+        kernels = by_tokens(chip, "tpu", 1024), options.tokens // 1024
+        for label, op, trips, (dtype, beside) in (
+            ("all at once", by_vocabulary("reference", VOCABULARY), 1, ("bfloat16", 0)),
+            ("vocabulary, parts of 16384", by_vocabulary("xla", 16384), VOCABULARY // 16384, ("bfloat16", 0)),
+            ("vocabulary, parts of 8192", by_vocabulary("xla", 8192), VOCABULARY // 8192, ("bfloat16", 0)),
+            ("tokens, parts of 512, XLA", by_tokens(chip, "xla", 512), options.tokens // 512, summed),
+            ("tokens, parts of 1024, XLA", by_tokens(chip, "xla", 1024), options.tokens // 1024, summed),
+            ("tokens, parts of 1024, kernels", *kernels, summed),
+            ("parameters, all at once", by_vocabulary("reference", VOCABULARY), 1, ("float32", 0)),
+            ("parameters, tokens, kernels", *kernels, copied),
         ):
             try:
-                program = compiled(chip, options.tokens, op)
+                program = compiled(chip, options.tokens, op, dtype)
             except aot.CompileError as error:
                 print(f"{chip:<12}{label:<32}does not compile: {str(error)[:150]}", flush=True)
                 continue

@@ -90,7 +90,8 @@ def losses_by_parts(
     """`token_losses` of a model's hidden states [B, T, D] without ever holding their logits, but `part` rows of the
     vocabulary at a time on each device. Raises ConfigError for a head that is more than a product with a table.
     """
-    readout, table, axis = _readout(model, params, hidden.dtype, "part")
+    readout, table, axis = _readout(model, params, "part")
+    table = table.astype(hidden.dtype)
 
     def op(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
         found = linear_cross_entropy(
@@ -117,7 +118,10 @@ def total_by_tokens(
     differentiated) from hidden states [B, T, D], `tokens` tokens at a time on each device. Raises ConfigError as
     `losses_by_parts` does.
     """
-    readout, table, axis = _readout(model, params, hidden.dtype, "tokens")
+    readout, table, axis = _readout(model, params, "tokens")
+    # Rows that lie in pieces are put together in half the bytes; of whole ones, the gradient is the float32 sum itself.
+    if sharding.ways(("vocab", "embed"), table.shape)[1] > 1:
+        table = table.astype(hidden.dtype)
     shape = batch.targets.shape
 
     def op(hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
@@ -149,14 +153,13 @@ def total_by_tokens(
 _TOKENS: sharding.Axes = ("batch", "length")
 
 
-def _readout(model: Any, params: Any, dtype: Any, field: str) -> tuple[Any, jax.Array, Any]:
-    """A model's readout, its table in `dtype`, and the mesh axes that the table's rows lie over."""
+def _readout(model: Any, params: Any, field: str) -> tuple[Any, jax.Array, Any]:
+    """A model's readout, its table, and the mesh axes that the table's rows lie over."""
     readout = model.readout(params)
     if readout is None:
         raise ConfigError(f"CrossEntropy.{field}: this head is more than one product (a bias, a projection); use None")
-    table = readout.table.astype(dtype)
-    spec = sharding.out_spec(("vocab", None), table.shape)
-    return readout, table, None if spec is None else spec[0]
+    spec = sharding.out_spec(("vocab", None), readout.table.shape)
+    return readout, readout.table, None if spec is None else spec[0]
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -76,7 +76,9 @@ def linear_cross_entropy_total(
     `linear_cross_entropy`; weights: float32 [N].
 
     The gradient is made in the forward pass, where a part's logits are at hand, from three products of the logits'
-    size; parts of the vocabulary need four. It is kept until the backward pass: float32 [V, D] while it is summed.
+    size; parts of the vocabulary need four. It is kept until the backward pass: float32 [V, D] while it is summed. The
+    table may be float32 beside narrower hidden states, whose dtype it is then multiplied in: its gradient is that very
+    sum, neither rounded nor held twice.
     tokens: of a part, whose weights [V, tokens] are in memory at a time; by default the table's, TOKENS in plain XLA.
     impl: "tpu" (Mosaic), "xla", or "auto". chip, interpret: as in `attention`. Without a gradient, parts of the
     vocabulary run.
@@ -85,7 +87,7 @@ def linear_cross_entropy_total(
     and weights. Raises ValueError for shapes that do not fit, an implementation that cannot do this call, and where
     one of the other results is differentiated.
     """
-    _check(hidden, table, targets, soft_cap)
+    _check(hidden, table, targets, soft_cap, jnp.promote_types(hidden.dtype, jnp.float32))
     if weights.shape != targets.shape:
         raise ValueError(f"linear_cross_entropy_total: weights {weights.shape} for targets {targets.shape}")
     if tokens is not None and tokens < 1:
@@ -114,15 +116,15 @@ def explain_total(impl: str, width: int, dtype: str, chip: str | None = None) ->
     return f"linear_cross_entropy_total: {'xla' if tiles is None else 'tpu'} ({reason}) for width {width} {dtype}"
 
 
-def _check(hidden: jax.Array, table: jax.Array, targets: jax.Array, soft_cap: float | None) -> None:
+def _check(hidden: jax.Array, table: jax.Array, targets: jax.Array, soft_cap: float | None, *wider: Any) -> None:
+    """wider: what the table's dtype may be but for hidden's."""
     if hidden.ndim != 2 or table.ndim != 2 or hidden.shape[1] != table.shape[1] or targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"linear_cross_entropy: shapes do not fit: hidden {hidden.shape}, table {table.shape}, targets "
             f"{targets.shape}; need [N,D], [V,D], [N]"
         )
-    if hidden.dtype != table.dtype or not jnp.issubdtype(hidden.dtype, jnp.floating):
-        raise ValueError(
-            f"linear_cross_entropy: hidden is {hidden.dtype}, table {table.dtype}; need one floating dtype"
-        )
+    if table.dtype not in (hidden.dtype, *wider) or not jnp.issubdtype(hidden.dtype, jnp.floating):
+        need = " or a table in ".join(["one floating dtype", *(x.name for x in wider if x != hidden.dtype)])
+        raise ValueError(f"linear_cross_entropy: hidden is {hidden.dtype}, table {table.dtype}; need {need}")
     if soft_cap is not None and not soft_cap > 0.0:
         raise ValueError(f"linear_cross_entropy: soft_cap = {soft_cap}: must be above 0; None for no cap")

@@ -69,4 +69,6 @@ def choose(impl: str, width: int, dtype: str, chip: str | None) -> tuple[Tiles |
             f"linear_cross_entropy_total: tpu cannot do width {width} {dtype} on {chip or 'cpu'}: "
             f"{'; '.join(reasons)}. Could: xla"
         )
-    return None, f"on {chip or 'cpu'}" if chip is None or not chip.startswith("TPU") else f"not tpu: {reasons[0]}"
+    if chip is not None and chip.startswith("TPU"):
+        return None, f"not tpu: {reasons[0]}"
+    return None, f"on {chip or 'cpu'}" if chip in (None, "cpu") else f"on {chip}: there is no kernel for it"

@@ -45,7 +45,7 @@ def total(static: Static, hidden: jax.Array, table: jax.Array, targets: jax.Arra
 def _total(static: Static, hidden: Any, table: Any, targets: Any, weights: Any) -> Any:
     loss, log_z, correct = xla.linear_cross_entropy(
         hidden,
-        table,
+        table.astype(hidden.dtype),
         targets,
         scale=static.scale,
         soft_cap=static.soft_cap,
@@ -75,7 +75,8 @@ def _fwd(static: Static, *given: Any) -> Any:
     begin = 0 if static.axis is None else jax.lax.axis_index(static.axis) * table.shape[0]
     real = jnp.clip(static.rows - begin, 0, table.shape[0])
     run = _xla_part if static.tiles is None else tpu.part
-    rows = table if static.tiles is None else tpu.padded(static.tiles, table)
+    rows = table.astype(hidden.dtype)
+    rows = rows if static.tiles is None else tpu.padded(static.tiles, rows)
 
     def add(d_table: jax.Array, of_part: tuple) -> tuple[jax.Array, tuple]:
         h, t, w = of_part
