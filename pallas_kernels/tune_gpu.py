@@ -32,7 +32,7 @@ from pallas_kernels.decode_attention import reference as plain_decode
 T = TypeVar("T")
 
 RINGS = tuple(Ring(keys=keys, slots=slots) for keys in (128, 64) for slots in (2, 3, 4, 6))
-STREAMS = tuple(Stream(queries=queries, stages=stages) for queries in (64, 32) for stages in (2, 3))
+STREAMS = tuple(Stream(queries=queries, stages=stages) for queries in (64, 128) for stages in (2, 3))
 DECODE = tuple(
     decode_plan.Tuning(keys=keys, stages=stages, rounds=rounds)
     for keys in (128, 64)
@@ -174,7 +174,8 @@ def decode_row(
 
     chosen, took = best(f"decode of {width}", (tuning, *tries), call_of, setting)
     wide = [x.astype(jnp.float32) for x in (q[:2], k[:, :2], v[:, :2])]
-    want = plain_decode.decode_attention(wide[0], wide[1], wide[2], positions[:2], jnp.int32(0), **shared)
+    with jax.default_matmul_precision("highest"):
+        want = plain_decode.decode_attention(wide[0], wide[1], wide[2], positions[:2], jnp.int32(0), **shared)
     _check(f"decode of {width}", [call_of(chosen)()[:2]], [want])
     return _row(chip, width, chosen, {"us": took})
 

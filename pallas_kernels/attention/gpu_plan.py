@@ -47,7 +47,9 @@ class Ring:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Tiles of `queries` rows of q and dO, `stages` pairs of them in shared memory, against a block's ROWS keys."""
+    """Tiles of `queries` rows of q and dO, `stages` pairs of them in shared memory, against a block's ROWS keys. On a
+    GPU, queries is a multiple of 64.
+    """
 
     queries: int
     stages: int

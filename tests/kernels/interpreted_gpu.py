@@ -16,6 +16,11 @@ from jax._src import core as jax_core
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+ENDS: Any = pytest.mark.timeout(method="thread")
+"""Of modules that interpret: with a barrier too few, or where a warpgroup has failed, the others wait for ever, inside
+the compiled program, where no signal reaches them. A thread ends the process when the time is up.
+"""
+
 
 @contextlib.contextmanager
 def one_compilation_a_kernel() -> Iterator[None]:

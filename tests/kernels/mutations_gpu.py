@@ -69,6 +69,6 @@ MUTATIONS = {
 
 
 if __name__ == "__main__":
-    # A barrier too few may leave warpgroups waiting for ever, and the interpreter's threads are waited for in turn.
-    os.environ["PYTEST_ADDOPTS"] = "--timeout=60 --timeout-method=thread"
+    # A barrier too few may leave warpgroups waiting for ever (`interpreted_gpu.ENDS`).
+    os.environ["PYTEST_ADDOPTS"] = "--timeout=60"
     sys.exit(main(MUTATIONS, sys.argv[1:]))

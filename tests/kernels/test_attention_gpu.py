@@ -26,9 +26,12 @@ from pallas_kernels.attention.masks import ranges
 from pallas_kernels.attention.reference import EMPTY
 from pallas_kernels.decode_attention import gpu_table as decode_table
 from tests.kernels.cases import Example, check, gradients
-from tests.kernels.interpreted_gpu import detectors, one_compilation_a_kernel, rows_of
+from tests.kernels.interpreted_gpu import ENDS, detectors, one_compilation_a_kernel, rows_of
 
 SMALL = Tuning(forward=Ring(keys=16, slots=3), dq=Ring(keys=16, slots=3), dkv=Stream(queries=32, stages=2))
+
+
+pytestmark = ENDS
 
 
 @pytest.fixture(scope="module", autouse=True)

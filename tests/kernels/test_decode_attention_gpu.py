@@ -20,9 +20,12 @@ from pallas_kernels.attention import Mask
 from pallas_kernels.decode_attention import Case, decode_attention, explain, gpu, gpu_kernel, gpu_table
 from pallas_kernels.decode_attention.gpu_plan import Tuning, shares
 from tests.kernels.cases import naive_decode, random_cache
-from tests.kernels.interpreted_gpu import detectors, one_compilation_a_kernel, rows_of
+from tests.kernels.interpreted_gpu import ENDS, detectors, one_compilation_a_kernel, rows_of
 
 SMALL = Tuning(keys=64, stages=1, rounds=2, blocks=2)
+
+
+pytestmark = ENDS
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,9 +13,12 @@ from pallas_kernels.attention.gpu_plan import Ring, Stream, Tuning
 from pallas_kernels.attention.table import FOLDER
 from pallas_kernels.decode_attention import gpu_plan as decode_plan
 from pallas_kernels.decode_attention import gpu_table as decode_table
-from tests.kernels.interpreted_gpu import one_compilation_a_kernel
+from tests.kernels.interpreted_gpu import ENDS, one_compilation_a_kernel
 
 TINY = tune_gpu.Setting(rows=1, length=20, heads=2, caches=2, entries=128, samples=1, calls=1, interpret=True)
+
+
+pytestmark = ENDS
 
 
 @pytest.fixture(scope="module", autouse=True)
