@@ -51,10 +51,11 @@ class Assembly:
 
 
 def compiler() -> Path | None:
-    """The folder with jax's CUDA plugin and NVIDIA's assembler; None where there is none."""
+    """The folder with jax's CUDA plugin and NVIDIA's assembler and disassembler; None where there is none."""
     spec = importlib.util.find_spec(PLUGIN)
     places = [FOLDER, *([Path(spec.origin).parent.parent] if spec and spec.origin else [])]
-    return next((path for path in places if (path / PLUGIN).is_dir() and (path / TOOLS / "ptxas").is_file()), None)
+    wanted = (PLUGIN, f"{TOOLS}/ptxas", f"{TOOLS}/nvdisasm")
+    return next((path for path in places if all((path / name).exists() for name in wanted)), None)
 
 
 def compile_for_hopper(function: Callable[..., Any], operands: Sequence[jax.ShapeDtypeStruct]) -> Any:
