@@ -40,13 +40,15 @@ H200 = gpu_cards.target(gpu_cards.HOPPER, name="NVIDIA H200", memory=15139759718
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """A kernel as assembled: bytes of registers spilled to memory and read back, and how often each instruction occurs.
+    """A kernel as assembled: bytes of registers spilled to memory and read back, whether each matrix product waits for
+    the one before (ptxas says so), and how often each instruction occurs.
 
     HGMMA is a matrix product of a warpgroup; LDL and STL are loads and stores of spilled registers.
     """
 
     spill_stores: int
     spill_loads: int
+    serialized: bool
     instructions: dict[str, int]
 
 
@@ -106,7 +108,10 @@ def _assembled(tools: Path, text: str) -> tuple[str, Assembly]:
         raise CompileError(f"ptxas says nothing of spills: {report[:200]}")
     found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)", listing, re.M)
     return name[1], Assembly(
-        spill_stores=int(spilled[1]), spill_loads=int(spilled[2]), instructions=dict(collections.Counter(found))
+        spill_stores=int(spilled[1]),
+        spill_loads=int(spilled[2]),
+        serialized="wgmma.mma_async instructions are serialized" in report,
+        instructions=dict(collections.Counter(found)),
     )
 
 

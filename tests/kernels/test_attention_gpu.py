@@ -210,6 +210,7 @@ def test_every_tuned_row_is_assembled_for_hopper_without_a_spill(row, everything
     assert set(found) == {gpu_forward.NAME, gpu_backward.DQ, gpu_backward.DKV}
     for name, assembly in found.items():
         assert assembly.spill_stores == assembly.spill_loads == 0, name
+        assert not assembly.serialized, name
         assert "LDL" not in assembly.instructions
         assert "STL" not in assembly.instructions
         assert assembly.instructions["HGMMA"] >= 2 * row.head_dim // 16, name

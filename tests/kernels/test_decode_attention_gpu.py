@@ -179,6 +179,7 @@ def test_every_tuned_row_is_assembled_for_hopper_without_a_spill(row, given):
     [(name, assembly)] = aot_gpu.assemblies(target, chip=row.chip, head_dim=row.head_dim, **given).items()
     assert name == gpu_kernel.NAME
     assert assembly.spill_stores == assembly.spill_loads == 0
+    assert not assembly.serialized
     assert "LDL" not in assembly.instructions
     assert "STL" not in assembly.instructions
     # Both computing warpgroups' products: D/16 steps of the scores, keys/16 of the values.
