@@ -120,7 +120,8 @@ def total_by_tokens(
     """
     readout, table, axis = _readout(model, params, "tokens")
     # Rows that lie in pieces are put together in half the bytes; of whole ones, the gradient is the float32 sum itself.
-    if sharding.ways(("vocab", "embed"), table.shape)[1] > 1:
+    in_pieces = sharding.ways(("vocab", "embed"), table.shape)[1] > 1
+    if in_pieces or table.dtype != jnp.promote_types(hidden.dtype, jnp.float32):
         table = table.astype(hidden.dtype)
     shape = batch.targets.shape
 

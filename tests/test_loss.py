@@ -78,3 +78,16 @@ def test_logits_by_parts_of_an_untied_head_give_the_same_loss_and_gradients():
     want, *others = (jax.value_and_grad(loss.build(model), has_aux=True)(params, batch) for loss in losses)
     for got in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), got, want)
+
+
+def test_a_total_by_tokens_returns_the_float32_sum_of_its_table_s_gradient():
+    model = tiny_palm(num_layers=1, dtype="bfloat16", head=UntiedHead()).build()
+    params, batch = model.init(jax.random.key(0)), random_batch(rows=2)
+
+    def of_table(loss: CrossEntropy) -> np.ndarray:
+        gradients = jax.grad(lambda params: loss.build(model)(params, batch)[0])(params)
+        return np.asarray(gradients["decoder"]["logits_dense"]["kernel"])
+
+    want, got = of_table(CrossEntropy()), of_table(CrossEntropy(tokens=7))
+    assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)
+    assert not np.array_equal(got, got.astype("bfloat16").astype(np.float32)), "not rounded to bfloat16"
