@@ -5,8 +5,8 @@
 One causal sequence, T=2048, 16 query heads and one key/value head of 256, bfloat16; the busiest core. Two yardsticks:
 
 simulated: cycles by the compiler's static profiler, waits for memory and the matrix units included. It knows no TPU v4,
-takes operands in scalar memory for zeros (splash's loops depend on such), and aborts on some kernels (v5p's backward
-pass); what it gives below the matrix units' floor is not believed.
+takes operands in scalar memory for zeros (splash's loops depend on such), and aborts on some of XLA's own operations
+beside a kernel, which is why ours are compiled alone; what it gives below the matrix units' floor is not believed.
 bundles: VLIW instructions of the final listing times how often each block of them runs. No wait is in it, so a figure
 can lie below the floor. How often the peers' blocks run follows from their grids: every step its head, every tile that
 the mask leaves its products, every row of tiles its ends.
@@ -22,7 +22,6 @@ bandwidth.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 from typing import Any
 
@@ -30,7 +29,7 @@ import jax
 
 from benchmarks.linear_cross_entropy import cycles
 from pallas_kernels import aot
-from pallas_kernels.attention import Case, Mask, bundles, others, table
+from pallas_kernels.attention import Case, Mask, cost, others, table
 from pallas_kernels.decode_attention import choice as decode_choice
 from pallas_kernels.decode_attention import cost as decode_cost
 from pallas_kernels.decode_attention import xla as decode_xla
@@ -61,6 +60,12 @@ def peer(chip: str, impl: str, block: int, backward: bool) -> tuple[Any, list[ja
     return (gradient, [*operands, operands[0]]) if backward else (forward, operands)
 
 
+def asked(impl: str, block: int, backward: bool) -> aot.Question:
+    """`peer`, to be compiled."""
+    arguments = {"impl": impl, "block": block, "backward": backward}
+    return aot.Question(target="benchmarks.kernel_schedule:peer", arguments=arguments, count=None, cycles=None)
+
+
 def tokamax_splash(q: Any, k: Any, v: Any, block: int) -> Any:
     """tokamax's own splash kernel (its public call refuses TPU v4), backward in one pass; 0.0.12."""
     folder = "tokamax._src.ops.experimental.tpu.splash_attention"
@@ -79,9 +84,8 @@ def of_peer(chip: str, impl: str, block: int, backward: bool) -> int | None:
     the tiles that the mask leaves, and those on the diagonal are code of their own; the sum of its partial dQ, which
     XLA makes, is not in the figure.
     """
-    try:
-        found = aot.listings(chip, "benchmarks.kernel_schedule:peer", impl=impl, block=block, backward=backward)
-    except aot.CompileError:
+    [found] = aot.listings(chip, [asked(impl, block, backward)])
+    if isinstance(found, aot.CompileError):
         return None
     side = LENGTH // block
     total = 0.0
@@ -111,10 +115,8 @@ def simulated_peer(chip: str, impl: str, block: int, backward: bool) -> int | No
     # Loops over data in scalar memory, which the profiler takes for zeros.
     if chip not in aot.SIMULATED or impl == "tokamax_splash":
         return None
-    arguments: dict[str, Any] = {"impl": impl, "block": block, "backward": backward}
-    try:
-        found = aot.simulated(chip, "benchmarks.kernel_schedule:peer", **arguments)
-    except aot.CompileError:
+    [found] = aot.simulated(chip, [asked(impl, block, backward)])
+    if isinstance(found, aot.CompileError):
         return None
     total = sum(cycles for name, cycles in found.items() if not (backward and "fwd" in name))
     return total if total >= floor_of(chip, backward) else None
@@ -129,14 +131,14 @@ def of_ours(chip: str) -> dict[tuple[str, str], int]:
     """(yardstick, pass) to the cost of our kernels with the block sizes of the table."""
     row = table.find(CASE, chip)
     assert row is not None
-    shape: Any = (chip, LENGTH, HEADS, WIDTH, "bfloat16", dataclasses.asdict(row.tuning))
-    found = {("bundles", which): count for which, count in bundles.measure(*shape).items()}
-    if chip in aot.SIMULATED:
-        try:
-            cycles = bundles.simulate(*shape)
-        except aot.CompileError:
-            cycles = bundles.simulate(*shape, both=False)
-        found |= {("simulated", which): count for which, count in cycles.items()}
+    ours = [cost.question(chip, which, row.shape, row.tuning) for which in cost.PASSES]
+    found: dict[tuple[str, str], int] = {}
+    for source, reports in (("bundles", aot.listings), ("simulated", aot.simulated)):
+        if source == "bundles" or chip in aot.SIMULATED:
+            for which, question, report in zip(cost.PASSES, ours, reports(chip, ours), strict=True):
+                read: Any = question.count if source == "bundles" else question.cycles
+                if not isinstance(report, aot.CompileError):
+                    found[source, which] = read(report)
     return found
 
 
@@ -159,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'':34}{'floor':>12}{'ours':>12}{''.join(f'{name:>16}' for name in PEERS)}{'best peer / ours':>18}")
     selected = parser.parse_args(argv).chips
     for chip in selected:
-        for (yardstick, which), cost in sorted(of_ours(chip).items(), reverse=True):
+        for (yardstick, which), taken in sorted(of_ours(chip).items(), reverse=True):
             backward = which == "backward"
             of = simulated_peer if yardstick == "simulated" else of_peer
             peers = []
@@ -167,15 +169,18 @@ def main(argv: list[str] | None = None) -> None:
                 found = [of(chip, impl, block, backward) for block in (512, 1024)]
                 peers.append(min((x for x in found if x is not None), default=None))
             shown = "".join(f"{x:>16,}" if x else f"{'-':>16}" for x in peers)
-            ratio = min(x for x in peers if x) / cost if any(peers) else float("nan")
+            ratio = min(x for x in peers if x) / taken if any(peers) else float("nan")
             head = f"{chip:<12}{which:<10}{yardstick:<12}{floor_of(chip, backward):>12,.0f}"
-            print(f"{head}{cost:>12,}{shown}{ratio:>17.2f}x", flush=True)
+            print(f"{head}{taken:>12,}{shown}{ratio:>17.2f}x", flush=True)
     print(f"{'one new token, full caches, a chip':46}{'memory':>12}{'ours':>12}{'plain XLA':>14}")
     for chip in selected:
         row = next(row for row in decode_choice.rows() if row.chip == chip)
-        cost, source = decode_cost.cost(chip, row.size)
+        [answer] = aot.costs(chip, [decode_cost.question(chip, row.size, row.head_dim, row.dtype)])
+        if isinstance(answer, aot.CompileError):
+            raise answer
+        taken, source = answer
         print(
-            f"{chip:<12}{'decode':<10}{source:<12}{read_of(chip):>24,.0f}{cost:>12,}{plain_decode(chip):>14,}",
+            f"{chip:<12}{'decode':<10}{source:<12}{read_of(chip):>24,.0f}{taken:>12,}{plain_decode(chip):>14,}",
             flush=True,
         )
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pallas_kernels.aot import CORES, FLOPS_PER_CYCLE
-from pallas_kernels.attention import table, tpu_backward, tpu_forward
-from pallas_kernels.attention.bundles import PASSES, plan_of
+from pallas_kernels.attention import table, tpu_forward
+from pallas_kernels.attention.cost import PASSES, PRODUCTS, parts
 
 __all__ = ["chip_in", "cycles", "kernel_in"]
 
@@ -57,12 +57,11 @@ def cycles(
 
 def _nearest(chip: str, which: str, width: int, length: int, dtype: str) -> table.Row | None:
     known = [row for row in table.rows() if row.chip == chip and getattr(row, f"{which}_cost") is not None]
+    # Of another mask a call may be told from its operands, but its flops are stated as causal.
+    known = [row for row in known if row.mask == "causal"]
     fits = [row for row in known if row.dtype == dtype and row.head_dim >= min(width, 256)]
     return min(fits, key=lambda row: (row.head_dim, abs(row.length - length)), default=None)
 
 
 def _stated_flops(row: table.Row, which: str) -> int:
-    blocks = row.tuning.forward if which == "forward" else row.tuning.backward
-    plan = plan_of(which, row.length, row.heads, blocks)
-    products = tpu_forward.PRODUCTS if which == "forward" else tpu_backward.PRODUCTS
-    return plan.flops(products, row.head_dim)
+    return sum(call.plan.flops(PRODUCTS[which], row.head_dim) for call in parts(which, row.shape, row.tuning))

@@ -1,6 +1,6 @@
 """Block sizes of the Hopper kernels, timed on the GPU at hand, where `python -m pallas_kernels.tune` calls it.
 
-Writes `attention/tuned/nvidia_*.json` and `decode_attention/tuned_gpu/nvidia_*.json` of that chip, as "measured", with
+Writes `attention/tuned/nvidia_*.json` and `decode_attention/tuned/nvidia_*.json` of that chip, as "measured", with
 the microseconds in the provenance; "auto" then takes the kernels by itself. A row is written only if the result and the
 gradients of what was chosen equal float32's within bfloat16's rounding. What a chip's memory does not hold is no
 candidate: the compiler says so.
@@ -159,7 +159,7 @@ def decode_row(
     setting: Setting,
     tries: Iterable[decode_plan.Tuning] = DECODE,
 ) -> dict[str, Any]:
-    """The row of `decode_attention/tuned_gpu` for heads of `width`; tuning: where to begin. Raises ValueError."""
+    """The row of `decode_attention/tuned` for heads of `width`; tuning: where to begin. Raises ValueError."""
     from pallas_kernels.decode_attention import gpu
 
     cache = (1, setting.caches, setting.entries, 1, width)

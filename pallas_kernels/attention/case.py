@@ -8,6 +8,11 @@ import numpy as np
 
 from pallas_kernels.attention.masks import Mask
 
+MASKS = ("causal", "full", "window", "packed")
+"""What block sizes depend on of a mask: whether tiles are cut on one side, on none or on both, and whether by indices
+alone or ("packed": segments, a prefix) by data.
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -34,6 +39,15 @@ class Case:
     def ranged(self) -> bool:
         """Whether what a query sees depends on data, beyond what `mask` says of a whole row."""
         return self.segments or self.prefix
+
+    @property
+    def mask_class(self) -> str:
+        """Its one of `MASKS`. A window that holds the whole row is none."""
+        if self.ranged:
+            return "packed"
+        if self.mask.window is not None and self.mask.window < self.length:
+            return "window"
+        return "causal" if self.mask.causal else "full"
 
     @property
     def pairs(self) -> int:

@@ -74,11 +74,19 @@ def choose(impl: str, case: Case, chip: str | None) -> Choice:
             f"attention: {impl} cannot do {case} on {chip or 'cpu'}: {'; '.join(reasons)}. "
             f"Could: {', '.join(could) or 'none'}"
         )
+    row = None
     if impl == "gpu":
         row = gpu_table.find(case, chip)
-        assert row is not None
-        return Choice(impl, f"named; {row.sizes}", row)
-    return Choice(impl, "named", table.find(case, chip) if impl == "tpu" and chip else None)
+    elif impl == "tpu" and chip is not None:
+        row = table.find(case, chip)
+    return Choice(impl, "named" if row is None else f"named; {_sizes(row, case)}", row)
+
+
+def _sizes(row: table.Row | gpu_table.Row, case: Case) -> str:
+    """The row whose block sizes are taken, and whether it is of another mask."""
+    if isinstance(row, gpu_table.Row) or row.mask == case.mask_class:
+        return row.sizes
+    return f"{row.sizes}; no row is for {case.mask_class}"
 
 
 def _auto(case: Case, chip: str | None) -> Choice:
@@ -88,7 +96,7 @@ def _auto(case: Case, chip: str | None) -> Choice:
         if not (reasons := refusals("tpu", case, chip)):
             row = table.find(case, chip)
             assert row is not None
-            return Choice("tpu", f"{chip}; block sizes of the row for T={row.length}, {row.source}", row)
+            return Choice("tpu", f"{chip}; {_sizes(row, case)}", row)
         return Choice("xla", f"not tpu: {'; '.join(reasons)}")
     gpu = chip is not None and chip != "cpu"
     short = SHORT_ON_GPU if gpu else SHORT

@@ -32,7 +32,9 @@ class Tuning:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Static:
+class Static:
+    """What is no array, of `attention`'s arguments. signed: whether ALiBi's distances may be negative."""
+
     mask: Mask | None
     scale: float
     soft_cap: float | None
@@ -62,7 +64,7 @@ def attention(
     offset: place of query 0 among the keys, for ALiBi. interpret: of `pallas_call`; False compiles for a TPU.
     """
     signed = alibi_slopes is not None and (mask is None or not mask.causal)
-    static = _Static(
+    static = Static(
         mask=mask, scale=scale, soft_cap=soft_cap, signed=signed, tuning=tuning, interpret=_hashable(interpret)
     )
     return _attention(static, q, k, v, first, stop, alibi_slopes, jnp.asarray(offset, jnp.int32))
@@ -82,22 +84,22 @@ def _given(interpret: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
+def _attention(static: Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
     return _forward(static, q, k, v, first, stop, slopes, offset)
 
 
-def _attention_fwd(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
+def _attention_fwd(static: Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
     out, lse = merge.kept(_forward(static, q, k, v, first, stop, slopes, offset))
     return (out, lse), (q, k, v, first, stop, slopes, offset, out, lse)
 
 
-def _parts(static: _Static, limit: int, k: jax.Array) -> list[tuple[int, int]]:
+def _parts(static: Static, limit: int, k: jax.Array) -> list[tuple[int, int]]:
     """(begin, end) of runs of keys, of at most `limit` each."""
     length = k.shape[1]
     return [(begin, min(begin + limit, length)) for begin in range(0, length, limit)]
 
 
-def _forward(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
+def _forward(static: Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
     parts = _parts(static, static.tuning.forward_keys, k)
     if len(parts) == 1:
         return _forward_part(static, q, k, v, first, stop, slopes, offset, q.dtype)
@@ -111,10 +113,10 @@ def _forward(static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slo
 
 
 def _forward_part(
-    static: _Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any, dtype: Any
+    static: Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    pack = _Packing(q, k, static, static.tuning.forward)
-    plan = pack.plan(_fields(static, slopes))
+    pack = Packing(q, k, static, static.tuning.forward)
+    plan = pack.plan(fields_of(static, slopes))
     table = bounds_table(plan, *pack.per_sequence(first, stop)) if plan.mask is None else None
     fields = pack.fields(plan.fields, first, stop, slopes, offset)
     out, lse = tpu_forward.forward(
@@ -131,7 +133,7 @@ def _forward_part(
     return pack.from_rows(out), pack.from_lanes(lse[:, 0])
 
 
-def _attention_bwd(static: _Static, kept: Any, cotangents: Any) -> Any:
+def _attention_bwd(static: Static, kept: Any, cotangents: Any) -> Any:
     q, k, v, first, stop, slopes, offset, out, lse = kept
     do, dlse = cotangents
     delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
@@ -155,7 +157,7 @@ def _attention_bwd(static: _Static, kept: Any, cotangents: Any) -> Any:
 
 
 def _backward_part(
-    static: _Static,
+    static: Static,
     q: Any,
     k: Any,
     v: Any,
@@ -168,8 +170,8 @@ def _backward_part(
     delta: Any,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    pack = _Packing(q, k, static, static.tuning.backward, by_core=True)
-    plan = pack.plan((*_fields(static, slopes), "lse", "delta"))
+    pack = Packing(q, k, static, static.tuning.backward, by_core=True)
+    plan = pack.plan((*fields_of(static, slopes), "lse", "delta"))
     table = bounds_table(plan, *pack.per_sequence(first, stop)) if plan.mask is None else None
     fields = pack.fields(plan.fields[:-2], first, stop, slopes, offset)
     fields += [pack.lanes(lse * LOG2E, NOTHING), pack.lanes(delta, 0.0)]
@@ -191,16 +193,17 @@ def _backward_part(
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _fields(static: _Static, slopes: Any) -> tuple[str, ...]:
+def fields_of(static: Static, slopes: Any) -> tuple[str, ...]:
+    """Names of the per-row numbers that a forward pass is handed."""
     # What a mask alone decides, a kernel knows from its indices.
     bounds = ("stop", "first") if static.mask is None else ()
     return (*bounds, *(("index", "slope") if slopes is not None else ()))
 
 
-class _Packing:
+class Packing:
     """[B, T, H, D] and [B, S, K, D] to the kernels' [N, R, D] and [N, S, D] and back; N = B K, R = T H / K, padded."""
 
-    def __init__(self, q: jax.Array, k: jax.Array, static: _Static, blocks: Blocks, by_core: bool = False):
+    def __init__(self, q: jax.Array, k: jax.Array, static: Static, blocks: Blocks, by_core: bool = False):
         self.B, self.T, self.H, self.D = q.shape
         self.S, self.K = k.shape[1:3]
         self.G = self.H // self.K

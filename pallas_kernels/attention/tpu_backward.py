@@ -37,7 +37,9 @@ def block_of(core: Any, step: Any, cores: int) -> Any:
 
 def _kernel(plan: Plan, *refs: Any) -> None:
     table_ref, fields_ref, refs = split(plan, refs)
-    q_ref, do_ref, k_ref, v_ref, dq_ref, dk_hbm, dv_hbm, dq_sum, dk_sum, dv_sum, columns_ref, sent = refs
+    q_ref, do_ref, k_ref, v_ref, dq_ref, dk_hbm, dv_hbm, dk_sum, dv_sum, columns_ref, sent = refs[:11]
+    # A float32 result is summed where it is written.
+    dq_sum = refs[11] if len(refs) > 11 else dq_ref.at[0]
     n, core, step = (pl.program_id(axis) for axis in range(3))
 
     @pl.when(step == 0)
@@ -82,7 +84,7 @@ def _kernel(plan: Plan, *refs: Any) -> None:
             copy.wait()
 
 
-def backward(
+def by_core(
     plan: Plan,
     table: jax.Array | None,
     fields: jax.Array,
@@ -95,8 +97,9 @@ def backward(
     vmem_mib: int | None,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dq [N, R, D] in `dq_dtype`, dk, dv float32 [N, S, D]). Arguments as `tpu_forward.forward`; do as q; the fields
-    have "lse" (in base 2) and "delta" (of the softmax's gradient: sum of do out, less the gradient of lse).
+    """(dq [N, R, D] in `dq_dtype`, and what each core has summed of dk, but for its scale, and of dv: float32
+    [N, cores, S, D]). Arguments as `tpu_forward.forward`; do as q; the fields have "lse" (in base 2) and "delta" (of
+    the softmax's gradient: sum of do out, less the gradient of lse).
     """
     N, R, D = q.shape
     S = k.shape[1]
@@ -112,7 +115,7 @@ def backward(
     sums = jax.ShapeDtypeStruct((N, plan.cores, S, D), jnp.float32)
     given = () if table is None else (table,)
     flops = plan.flops(PRODUCTS, D, N)
-    dq, dk, dv = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(given),
@@ -120,11 +123,11 @@ def backward(
             in_specs=[per_row, row, row, whole, whole],
             out_specs=[row, hbm, hbm],
             scratch_shapes=[
-                pltpu.VMEM((plan.rows, D), jnp.float32),
                 pltpu.VMEM((S, D), jnp.float32),
                 pltpu.VMEM((S, D), jnp.float32),
                 pltpu.VMEM((len(plan.fields), plan.rows, LANES), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
+                *([] if dq_dtype == jnp.float32 else [pltpu.VMEM((plan.rows, D), jnp.float32)]),
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct((N, R, D), dq_dtype), sums, sums],
@@ -140,4 +143,9 @@ def backward(
         interpret=interpret,
         name=NAME,
     )(*given, fields, q, do, k, v)
+
+
+def backward(plan: Plan, *operands: Any, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dq [N, R, D], dk, dv float32 [N, S, D]). Arguments as `by_core`."""
+    dq, dk, dv = by_core(plan, *operands, **options)
     return dq, jnp.sum(dk, axis=1) * plan.scale, jnp.sum(dv, axis=1)

@@ -14,7 +14,7 @@ from pallas_kernels.decode_attention.case import MOST_ROWS, Case
 NAMES = ("tpu", "gpu", "xla", "reference")
 """tpu, gpu: Mosaic. xla: block by block up to the last filled entry. reference: scores against every entry."""
 
-TABLE = Path(__file__).parent / "tuned.json"
+FOLDER = Path(__file__).parent / "tuned"
 
 TILE = 8
 """Rows of a tile in memory."""
@@ -47,8 +47,9 @@ class Choice:
 
 @functools.cache
 def rows() -> tuple[Row, ...]:
-    """The table."""
-    return tuple(Row(**entry) for entry in json.loads(TABLE.read_text()))
+    """All rows of all files."""
+    paths = sorted(FOLDER.glob("tpu*.json"))
+    return tuple(Row(**entry) for path in paths for entry in json.loads(path.read_text()))
 
 
 def find(case: Case, chip: str | None) -> Row | None:

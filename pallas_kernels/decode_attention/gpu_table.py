@@ -1,4 +1,4 @@
-"""Block sizes of the Hopper kernel, from `tuned_gpu/nvidia_*.json`. Each row says where its numbers come from."""
+"""Block sizes of the Hopper kernel, from `tuned/nvidia_*.json`. Each row says where its numbers come from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pallas_kernels.attention.gpu_table import DTYPES
 from pallas_kernels.decode_attention.case import MOST_ROWS, Case
 from pallas_kernels.decode_attention.gpu_plan import EIGHT, Tuning, tile_of
 
-FOLDER = Path(__file__).parent / "tuned_gpu"
+FOLDER = Path(__file__).parent / "tuned"
 
 Row = gpu_table.Row[Tuning]
 

@@ -13,7 +13,7 @@ from pallas_kernels.linear_cross_entropy.tpu import Tiles
 NAMES = ("tpu", "xla")
 """tpu: Mosaic. xla: the same three products in plain XLA."""
 
-TABLE = Path(__file__).parent / "tuned.json"
+FOLDER = Path(__file__).parent / "tuned"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,9 @@ class Row:
 
 @functools.cache
 def rows() -> tuple[Row, ...]:
-    """The table."""
-    return tuple(Row(**{**x, "tiles": Tiles(**x["tiles"])}) for x in json.loads(TABLE.read_text()))
+    """All rows of all files."""
+    entries = [entry for path in sorted(FOLDER.glob("tpu*.json")) for entry in json.loads(path.read_text())]
+    return tuple(Row(**{**entry, "tiles": Tiles(**entry["tiles"])}) for entry in entries)
 
 
 def find(dtype: str, chip: str | None) -> Row | None:

@@ -4,6 +4,7 @@ it can, waits for memory included, else instruction bundles, which are not.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,31 +14,35 @@ from pallas_kernels import aot
 from pallas_kernels.linear_cross_entropy import total, tpu
 
 ROWS, WIDTH = 65536, 4096
-"""Of the table's costs. The profiler unrolls every loop: more rows take it minutes, and cost as much each."""
+"""Of the table's costs. The profiler unrolls every loop: it takes minutes and gigabytes, and more rows cost as much
+each.
+"""
 
 
-def program(chip: str, tiles: dict[str, Any]) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+def program(
+    chip: str, tiles: dict[str, Any], interpret: Any = False, width: int = WIDTH, soft_cap: float | None = None
+) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     """One part of the tokens, and operands."""
     del chip
     sizes = tpu.Tiles(**tiles)
     static = total.Static(
         z_loss=1e-4,
-        scale=WIDTH**-0.5,
-        soft_cap=None,
+        scale=width**-0.5,
+        soft_cap=soft_cap,
         rows=ROWS,
         axis=None,
         tokens=sizes.tokens,
         part=ROWS,
         tiles=sizes,
-        interpret=False,
+        interpret=interpret,
     )
 
     def step(hidden: Any, table: Any, targets: Any, weights: Any, d_table: Any) -> Any:
         return tpu.part(static, hidden, table, targets, weights, jnp.int32(ROWS), d_table)
 
     of_tokens = [jax.ShapeDtypeStruct((sizes.tokens,), dtype) for dtype in ("int32", "float32")]
-    arrays = [jax.ShapeDtypeStruct((n, WIDTH), "bfloat16") for n in (sizes.tokens, ROWS)]
-    return step, [*arrays, *of_tokens, jax.ShapeDtypeStruct((ROWS, WIDTH), "float32")]
+    arrays = [jax.ShapeDtypeStruct((n, width), "bfloat16") for n in (sizes.tokens, ROWS)]
+    return step, [*arrays, *of_tokens, jax.ShapeDtypeStruct((ROWS, width), "float32")]
 
 
 def floor(chip: str, tokens: int) -> float:
@@ -45,17 +50,24 @@ def floor(chip: str, tokens: int) -> float:
     return 2 * tokens * ROWS * WIDTH / aot.FLOPS_PER_CYCLE[chip] / aot.CORES.get(chip, 1)
 
 
-def cost(chip: str, tiles: dict[str, Any]) -> tuple[dict[str, int], str]:
-    """(kernel to its cost on the busiest core, "simulated" or "bundles"). Raises CompileError."""
-    target = "pallas_kernels.linear_cross_entropy.cost:program"
-    if chip in aot.SIMULATED:
-        found = aot.simulated(chip, target, tiles=tiles)
-        return {name: next(n for full, n in found.items() if name in full) for name in tpu.NAMES}, "simulated"
-    listings = aot.listings(chip, target, tiles=tiles)
-    return {
-        name: _bundles(chip, name, tpu.Tiles(**tiles), next(x for full, x in listings.items() if name in full))
-        for name in tpu.NAMES
-    }, "bundles"
+def question(chip: str, tiles: tpu.Tiles) -> aot.Question:
+    """What `program` costs, by kernel."""
+
+    def count(found: dict[str, list[aot.Block]]) -> dict[str, int]:
+        return {name: _bundles(chip, name, tiles, aot.of_kernel(found, name)) for name in tpu.NAMES}
+
+    def cycles(found: dict[str, int]) -> dict[str, int]:
+        result = {name: aot.of_kernel(found, name) for name in tpu.NAMES}
+        if min(result.values()) < floor(chip, tiles.tokens):
+            raise aot.ProfileError(f"{result} cycles simulated: the matrix units need more")
+        return result
+
+    return aot.Question(
+        target="pallas_kernels.linear_cross_entropy.cost:program",
+        arguments={"tiles": dataclasses.asdict(tiles)},
+        count=count,
+        cycles=cycles,
+    )
 
 
 def _bundles(chip: str, name: str, tiles: tpu.Tiles, listing: list[aot.Block]) -> int:

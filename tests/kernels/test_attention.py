@@ -192,7 +192,7 @@ def test_a_named_implementation_works_or_says_every_reason():
     with pytest.raises(ValueError, match=r"chip None: the table has .*TPU v4"):
         explain("tpu", case)
     assert "einsum (100 tokens on cpu: fewer than 256)" in explain("auto", case)
-    assert "tpu (TPU v4; block sizes of the row for T=2048" in explain("auto", case, "TPU v4")
+    assert "tpu (TPU v4; block sizes of the row for causal T=2048" in explain("auto", case, "TPU v4")
     odd = dataclasses.replace(case, heads=71)
     assert "xla (not tpu: 71 query heads a key/value head make blocks of 9088 rows" in explain("auto", odd, "TPU v4")
     assert "xla (not tpu: chip 'TPU v2'" in explain("auto", case, "TPU v2")

@@ -20,7 +20,7 @@ def test_its_examples_run_and_say_what_it_says() -> None:
     assert names["loss"].shape == (8,)
     for result in ("out", "new", "loss", "total"):
         assert jnp.all(jnp.isfinite(names[result])), result
-    told = re.findall(r"^(explain\(.*?\))  # (.*?) for q", README, re.MULTILINE)
+    told = re.findall(r"^(explain\(.*?\))\n# (.*?) for q", README, re.MULTILINE)
     assert len(told) == 2
     for call, said in told:
         assert eval(call, names).startswith(said)
