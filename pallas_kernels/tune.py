@@ -78,7 +78,6 @@ VOCABULARY = (256, 512)
 COLUMNS = (1024, 512, 2048)
 """Of the tiles of its gradients."""
 
-
 MARGIN = 0.02
 """What a candidate must save for another to be left: rows of the same block sizes are the same program."""
 
@@ -209,12 +208,20 @@ def attention_row(chip: str, shape: Shape, at_hand: bool, prefer: Sequence[Block
 
 
 def attention_rows(chip: str, at_hand: bool) -> Iterator[dict[str, Any]]:
-    """Of all SHAPES; those behind the first take its block sizes where they are as good."""
-    prefer: list[Blocks] = []
-    for shape in SHAPES:
+    """Of all SHAPES. The first keeps the block sizes that the table has for it, and the others take its own, where they
+    are as good.
+    """
+    prefer = [
+        getattr(row.tuning, which)
+        for row in table.rows()
+        for which in cost.PASSES
+        if row.chip == chip and row.shape == SHAPES[0]
+    ]
+    for number, shape in enumerate(SHAPES):
         row = attention_row(chip, shape, at_hand, prefer)
         yield row
-        prefer = prefer or [Blocks(**row["tuning"][which]) for which in cost.PASSES]
+        if number == 0:
+            prefer = [Blocks(**row["tuning"][which]) for which in cost.PASSES]
 
 
 def decode_row(chip: str, head_dim: int, dtype: str, at_hand: bool) -> dict[str, Any]:
