@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -79,8 +80,9 @@ def attention(
     first, stop = ranges(mask, B, T, segments, prefix)
 
     fixed = None if case.ranged else mask
-    shared: dict[str, Any] = dict(mask=fixed, scale=scale, alibi_slopes=alibi_slopes, soft_cap=soft_cap, bias=bias)
-    found = over_ranges(choice, q, k, v, first, stop, interpret=interpret, **shared)
+    reach = mask if prefix is None else dataclasses.replace(mask, causal=False)
+    shared: dict[str, Any] = dict(scale=scale, alibi_slopes=alibi_slopes, soft_cap=soft_cap, bias=bias)
+    found = over_ranges(choice, q, k, v, first, stop, mask=fixed, reach=reach, interpret=interpret, **shared)
     return found if with_lse else found[0]
 
 
@@ -93,6 +95,7 @@ def over_ranges(
     stop: jax.Array,
     *,
     mask: Mask | None,
+    reach: Mask | None = None,
     scale: float,
     alibi_slopes: jax.Array | None,
     soft_cap: float | None,
@@ -102,7 +105,8 @@ def over_ranges(
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse) by one of our own implementations; query i sees the keys first[i] <= j < stop[i], int32 [B, T] each.
 
-    mask: what says so if no data does, else None. offset: place of query 0 among the keys, for ALiBi.
+    mask: what says so if no data does, else None. reach: a mask that they stay within, if one is known. offset: place
+    of query 0 among the keys, for ALiBi.
     """
     shared: dict[str, Any] = dict(scale=scale, alibi_slopes=alibi_slopes, soft_cap=soft_cap, offset=offset)
     if choice.name == "einsum":
@@ -116,7 +120,8 @@ def over_ranges(
         tuning = choice.row.tuning
         return gpu.attention(q, k, v, first, stop, ranged=ranged, tuning=tuning, interpret=interpret, **shared)
     assert isinstance(choice.row, table.Row)
-    return tpu.attention(q, k, v, first, stop, mask=mask, tuning=choice.row.tuning, interpret=interpret, **shared)
+    tuning = choice.row.tuning
+    return tpu.attention(q, k, v, first, stop, mask=mask, reach=reach, tuning=tuning, interpret=interpret, **shared)
 
 
 def _check(

@@ -46,7 +46,7 @@ def ranges_of(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One call of a kernel: all queries against a run of keys. first, stop: of its ranges, int32 [T] each."""
+    """One call of a kernel: queries against a run of keys. first, stop: of its ranges, int32 [T] each."""
 
     plan: Plan
     pack: tpu.Packing
@@ -101,28 +101,28 @@ def parts(which: str, shape: Shape, tuning: tpu.Tuning, everything: bool = False
     length, keys = shape.length, shape.length
     if everything:
         length, keys = 2 * blocks.cores * blocks.tokens(shape.heads), limit
-    fixed = limit >= keys and shape.mask != "packed" and not everything
     static = tpu.Static(
-        mask=mask_of(shape) if fixed else None,
+        mask=None if shape.mask == "packed" or everything else mask_of(shape),
+        reach=Mask(causal=False) if everything else mask_of(shape),
         scale=shape.head_dim**-0.5,
         soft_cap=30.0 if everything else None,
         signed=everything,
         tuning=tuning,
         interpret=False,
     )
-    fields = tpu.fields_of(static, slopes=everything or None)
-    if which == "backward":
-        fields = (*fields, "lse", "delta")
     first, stop = (np.zeros(length, np.int32), np.full(length, keys, np.int32)) if everything else ranges_of(shape)
     found = []
-    for begin in range(0, keys, limit):
-        end = min(begin + limit, keys)
+    for part in tpu.parts(static.mask, static.reach, limit, length, keys):
+        some = dataclasses.replace(static, mask=part.mask)
+        fields = tpu.fields_of(some, slopes=everything or None)
+        if which == "backward":
+            fields = (*fields, "lse", "delta")
         q, k = (
             jax.ShapeDtypeStruct((1, n, heads, shape.head_dim), shape.dtype)
-            for n, heads in ((length, shape.heads), (end - begin, 1))
+            for n, heads in ((part.high - part.low, shape.heads), (part.end - part.begin, 1))
         )
-        pack = tpu.Packing(q, k, static, blocks, by_core=which == "backward")  # pyright: ignore[reportArgumentType]
-        ends = (np.clip(x - begin, 0, end - begin) for x in (first, stop))
+        pack = tpu.Packing(q, k, some, blocks, by_core=which == "backward")  # pyright: ignore[reportArgumentType]
+        ends = (np.asarray(x)[0] for x in part.bounds(first[None], stop[None]))
         found.append(Part(pack.plan(fields), pack, *ends))
     return found
 
@@ -148,12 +148,16 @@ def program(
     blocks = limits.forward if which == "forward" else limits.backward
     wide = summed if everything else len(calls) > 1
     out_dtype = jnp.float32 if wide else jnp.dtype(of.dtype)
-    kernels = [call.program(which, out_dtype, blocks.vmem_mib, interpret) for call in (calls if whole else calls[:1])]
-    operands = [call.operands(which, of.dtype) for call in calls]
-    assert all(x == operands[0] for x in operands), "parts of one size"
+    used = calls if whole else calls[:1]
+    kernels = [call.program(which, out_dtype, blocks.vmem_mib, interpret) for call in used]
+    operands = [call.operands(which, of.dtype) for call in used]
     if len(kernels) == 1:
         return kernels[0], operands[0]
-    return lambda *given: [kernel(*given) for kernel in kernels], operands[0]
+    each = len(operands[0])
+    return (
+        lambda *given: [kernel(*given[n * each : (n + 1) * each]) for n, kernel in enumerate(kernels)],
+        [x for some in operands for x in some],
+    )
 
 
 def busiest_core(calls: list[Part], which: str, cores: int, width: int, listing: list[aot.Block]) -> int:

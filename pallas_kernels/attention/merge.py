@@ -35,3 +35,11 @@ def merge(a: Found, b: Found) -> Found:
     share_a, share_b = ((x / total)[..., None] for x in (of_a, of_b))
     out = share_a * a[0].astype(jnp.float32) + share_b * b[0].astype(jnp.float32)
     return out, jnp.maximum(top + jnp.log(total), reference.EMPTY)
+
+
+def merge_into(found: Found, begin: int, part: Found) -> Found:
+    """`found` where the queries from `begin` on, as many as `part` has, find what is in `part` too."""
+    rows = slice(begin, begin + part[1].shape[1])
+    both = merge((found[0][:, rows], found[1][:, rows]), part)
+    out, lse = (jax.lax.dynamic_update_slice_in_dim(x, y, begin, 1) for x, y in zip(found, both, strict=True))
+    return out, lse

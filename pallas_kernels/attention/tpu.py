@@ -36,6 +36,7 @@ class Static:
     """What is no array, of `attention`'s arguments. signed: whether ALiBi's distances may be negative."""
 
     mask: Mask | None
+    reach: Mask
     scale: float
     soft_cap: float | None
     signed: bool
@@ -51,6 +52,7 @@ def attention(
     stop: jax.Array,
     *,
     mask: Mask | None,
+    reach: Mask | None = None,
     scale: float,
     tuning: Tuning,
     alibi_slopes: jax.Array | None = None,
@@ -61,11 +63,19 @@ def attention(
     """(out [B, T, H, D], lse [B, T, H]); query i sees keys first[i] <= j < stop[i], int32 [B, T] each.
 
     mask: when the ranges are no more than `masks.fixed_ranges(mask, T)`, so that bounds need no data; else None.
+    reach: a mask that the ranges stay within, if one is known: keys that are taken in parts then meet only the queries
+    that may see them.
     offset: place of query 0 among the keys, for ALiBi. interpret: of `pallas_call`; False compiles for a TPU.
     """
     signed = alibi_slopes is not None and (mask is None or not mask.causal)
     static = Static(
-        mask=mask, scale=scale, soft_cap=soft_cap, signed=signed, tuning=tuning, interpret=_hashable(interpret)
+        mask=mask,
+        reach=mask or reach or Mask(causal=False),
+        scale=scale,
+        soft_cap=soft_cap,
+        signed=signed,
+        tuning=tuning,
+        interpret=_hashable(interpret),
     )
     return _attention(static, q, k, v, first, stop, alibi_slopes, jnp.asarray(offset, jnp.int32))
 
@@ -93,22 +103,59 @@ def _attention_fwd(static: Static, q: Any, k: Any, v: Any, first: Any, stop: Any
     return (out, lse), (q, k, v, first, stop, slopes, offset, out, lse)
 
 
-def _parts(static: Static, limit: int, k: jax.Array) -> list[tuple[int, int]]:
-    """(begin, end) of runs of keys, of at most `limit` each."""
-    length = k.shape[1]
-    return [(begin, min(begin + limit, length)) for begin in range(0, length, limit)]
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The keys [begin, end), held at a time, and the queries [low, high) that may see some of them.
+
+    mask: of these queries and keys, counted from the first of each; None when ranges are data.
+    """
+
+    begin: int
+    end: int
+    low: int
+    high: int
+    mask: Mask | None
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.begin, self.end)
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.low, self.high)
+
+    def bounds(self, first: Any, stop: Any) -> tuple[Any, Any]:
+        """Of ranges [B, T] those of these queries, counted from the first of these keys."""
+        begin, end = (jnp.clip(x[:, self.queries] - self.begin, 0, self.end - self.begin) for x in (first, stop))
+        return begin, end
+
+
+def parts(mask: Mask | None, reach: Mask, limit: int, queries: int, keys: int) -> list[Part]:
+    """`queries` against `keys` of which at most `limit` are held at a time. mask, reach: as in `attention`."""
+    if keys <= limit:
+        return [Part(0, keys, 0, queries, mask)]
+    found = []
+    for begin in range(0, keys, limit):
+        end = min(begin + limit, keys)
+        low = begin if reach.causal else 0
+        high = queries if reach.window is None else min(queries, end + reach.window - 1)
+        # Where the first query is the first key's own, they see each other as whole rows do.
+        found.append(Part(begin, end, low, high, mask if mask is not None and mask.causal else None))
+    return found
 
 
 def _forward(static: Static, q: Any, k: Any, v: Any, first: Any, stop: Any, slopes: Any, offset: Any) -> Any:
-    parts = _parts(static, static.tuning.forward_keys, k)
-    if len(parts) == 1:
+    pieces = parts(static.mask, static.reach, static.tuning.forward_keys, q.shape[1], k.shape[1])
+    if len(pieces) == 1:
         return _forward_part(static, q, k, v, first, stop, slopes, offset, q.dtype)
     found = merge.nothing(q)
-    for begin, end in parts:
-        some = dataclasses.replace(static, mask=None)
-        bounds = (jnp.clip(first - begin, 0, end - begin), jnp.clip(stop - begin, 0, end - begin))
-        part = _forward_part(some, q, k[:, begin:end], v[:, begin:end], *bounds, slopes, offset - begin, jnp.float32)
-        found = merge.merge(found, part)
+    for part in pieces:
+        some = dataclasses.replace(static, mask=part.mask)
+        ahead = offset + (part.low - part.begin)
+        mine, keys, values = q[:, part.queries], k[:, part.keys], v[:, part.keys]
+        of_mine = part.bounds(first, stop)
+        new = _forward_part(some, mine, keys, values, *of_mine, slopes, ahead, jnp.float32)
+        found = merge.merge_into(found, part.low, new)
     return found[0].astype(q.dtype), found[1]
 
 
@@ -137,21 +184,23 @@ def _attention_bwd(static: Static, kept: Any, cotangents: Any) -> Any:
     q, k, v, first, stop, slopes, offset, out, lse = kept
     do, dlse = cotangents
     delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
-    dq, dks, dvs = None, [], []
-    parts = _parts(static, static.tuning.backward_keys, k)
-    for begin, end in parts:
-        some, bounds = static, (first, stop)
-        if len(parts) > 1:
-            some = dataclasses.replace(static, mask=None)
-            bounds = (jnp.clip(first - begin, 0, end - begin), jnp.clip(stop - begin, 0, end - begin))
-        dtype = q.dtype if len(parts) == 1 else jnp.float32
-        part, dk, dv = _backward_part(
-            some, q, k[:, begin:end], v[:, begin:end], *bounds, slopes, offset - begin, do, lse, delta, dtype
+    pieces = parts(static.mask, static.reach, static.tuning.backward_keys, q.shape[1], k.shape[1])
+    if len(pieces) == 1:
+        dq, dk, dv = _backward_part(static, q, k, v, first, stop, slopes, offset, do, lse, delta, q.dtype)
+        return dq, dk.astype(k.dtype), dv.astype(k.dtype), None, None, None, None
+    dq, dks, dvs = jnp.zeros(q.shape, jnp.float32), [], []
+    for part in pieces:
+        some = dataclasses.replace(static, mask=part.mask)
+        ahead = offset + (part.low - part.begin)
+        mine, do_mine, lse_mine, delta_mine = (x[:, part.queries] for x in (q, do, lse, delta))
+        keys, values = k[:, part.keys], v[:, part.keys]
+        bounds = part.bounds(first, stop)
+        new, dk, dv = _backward_part(
+            some, mine, keys, values, *bounds, slopes, ahead, do_mine, lse_mine, delta_mine, jnp.float32
         )
-        dq = part if dq is None else dq + part
+        dq = jax.lax.dynamic_update_slice_in_dim(dq, dq[:, part.queries] + new, part.low, 1)
         dks.append(dk)
         dvs.append(dv)
-    assert dq is not None
     dk, dv = (jnp.concatenate(x, axis=1).astype(k.dtype) for x in (dks, dvs))
     return dq.astype(q.dtype), dk, dv, None, None, None, None
 

@@ -109,9 +109,11 @@ class Plan:
     def flops(self, products: int, width: int, sequences: int = 1) -> int:
         """Of `products` matrix products over the pairs that the mask leaves; data's masks count as causal."""
         mask = Mask() if self.mask is None else self.mask
-        length = min(self.length, self.keys)
-        back = length if mask.window is None else min(mask.window, length)
-        pairs = back * self.length - back * (back - 1) // 2
+        keys = min(self.length, self.keys)
+        back = self.length if mask.window is None else min(mask.window, self.length)
+        # Keys that as many queries see as the window is long, then those near the end, seen by all queries behind them.
+        whole = min(self.length - back + 1, keys)
+        pairs = whole * back + (keys - whole) * (2 * self.length - whole - keys + 1) // 2
         if not mask.causal:
             pairs += self.length * (self.keys - 1) // 2
         return 2 * products * sequences * self.heads * pairs * width

@@ -39,6 +39,7 @@ def kernels(example: Example, tuning: tpu.Tuning = SMALL, interpret: Any = True)
     """(q, k, v) -> (out, lse) of the kernels, with bounds from data only where data decides."""
     bounds = ranges(example.mask, example.rows, example.length, example.segments, example.prefix)
     fixed = None if example.cuts is not None or example.prefixes is not None else example.mask
+    reach = example.mask if example.prefixes is None else dataclasses.replace(example.mask, causal=False)
 
     def call(q: Any, k: Any, v: Any) -> Any:
         return tpu.attention(
@@ -47,6 +48,7 @@ def kernels(example: Example, tuning: tpu.Tuning = SMALL, interpret: Any = True)
             v,
             *bounds,
             mask=fixed,
+            reach=reach,
             scale=example.width**-0.5,
             tuning=tuning,
             alibi_slopes=example.slopes,
@@ -64,6 +66,10 @@ EXAMPLES = [
     (Example(length=263, heads=6, kv_heads=2, width=64, rows=1, mask=Mask(window=70), alibi=True), SMALL),
     # One-token segments, segments at the end, ids that come again; a part of the keys at a time.
     (Example(length=420, heads=4, kv_heads=1, width=64, rows=1, cuts=(1, 2, 200, 419), soft_cap=2.0), PARTS),
+    # Each part of the keys meets only queries that may see it: of a window, of all that is behind, of all.
+    (Example(length=420, heads=4, kv_heads=1, width=64, rows=1, mask=Mask(window=70), alibi=True), PARTS),
+    (Example(length=390, heads=2, kv_heads=1, width=64, rows=1, mask=Mask(window=150), prefixes=(200,)), PARTS),
+    (Example(length=300, heads=2, kv_heads=1, width=64, rows=1, mask=Mask(causal=False)), PARTS),
     # A prefix-LM, packed, with distances of both signs.
     (Example(length=300, heads=2, kv_heads=2, width=64, cuts=(130,), prefixes=(40, 170), alibi=True), SMALL),
     # A block of two segments whose keys are more than a tile beyond the shorter one's end: a whole tile is masked.
