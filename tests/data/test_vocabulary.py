@@ -94,7 +94,7 @@ def test_byte_ids_are_byt5s() -> None:
 
 
 def test_pass_through_has_no_text() -> None:
-    with pytest.raises(ConfigError, match="cannot encode text"):
+    with pytest.raises(ConfigError, match="cannot encode any"):
         PassThrough(10).encode("a")
     assert PassThrough(10).decode([4, 5, 1, 6]) == "4 5"
     assert np.array_equal(PassThrough(3).token_bytes(), np.zeros(3))
