@@ -169,9 +169,9 @@ def main(argv: list[str] | None = None) -> None:
                 found = [of(chip, impl, block, backward) for block in (512, 1024)]
                 peers.append(min((x for x in found if x is not None), default=None))
             shown = "".join(f"{x:>16,}" if x else f"{'-':>16}" for x in peers)
-            ratio = min(x for x in peers if x) / taken if any(peers) else float("nan")
+            ratio = f"{min(x for x in peers if x) / taken:.2f}x" if any(peers) else "-"
             head = f"{chip:<12}{which:<10}{yardstick:<12}{floor_of(chip, backward):>12,.0f}"
-            print(f"{head}{taken:>12,}{shown}{ratio:>17.2f}x", flush=True)
+            print(f"{head}{taken:>12,}{shown}{ratio:>18}", flush=True)
     print(f"{'one new token, full caches, a chip':46}{'memory':>12}{'ours':>12}{'plain XLA':>14}")
     for chip in selected:
         row = next(row for row in decode_choice.rows() if row.chip == chip)
