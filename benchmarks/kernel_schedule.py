@@ -37,6 +37,7 @@ from palmjax.plan import chips
 
 LENGTH, HEADS, WIDTH = 2048, 16, 256
 CASE = Case(rows=1, length=LENGTH, heads=HEADS, kv_heads=1, head_dim=WIDTH, dtype="bfloat16", mask=Mask())
+SHAPE = table.Shape(length=LENGTH, heads=HEADS, head_dim=WIDTH, dtype="bfloat16")
 PEERS = ("jax_flash", "jax_splash", "tokamax_splash")
 END = 120
 """Bundles without a product above which a block of a peer's listing is the begin or the end of a row of tiles."""
@@ -119,12 +120,7 @@ def simulated_peer(chip: str, impl: str, block: int, backward: bool) -> int | No
     if isinstance(found, aot.CompileError):
         return None
     total = sum(cycles for name, cycles in found.items() if not (backward and "fwd" in name))
-    return total if total >= floor_of(chip, backward) else None
-
-
-def floor_of(chip: str, backward: bool) -> float:
-    """Cycles that a core's matrix units need for the pairs that the mask leaves."""
-    return (2.5 if backward else 1.0) * CASE.forward_flops / aot.FLOPS_PER_CYCLE[chip] / aot.CORES.get(chip, 1)
+    return total if total >= cost.floor(chip, "backward" if backward else "forward", SHAPE) else None
 
 
 def of_ours(chip: str) -> dict[tuple[str, str], int]:
@@ -170,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
                 peers.append(min((x for x in found if x is not None), default=None))
             shown = "".join(f"{x:>16,}" if x else f"{'-':>16}" for x in peers)
             ratio = f"{min(x for x in peers if x) / taken:.2f}x" if any(peers) else "-"
-            head = f"{chip:<12}{which:<10}{yardstick:<12}{floor_of(chip, backward):>12,.0f}"
+            head = f"{chip:<12}{which:<10}{yardstick:<12}{cost.floor(chip, which, SHAPE):>12,.0f}"
             print(f"{head}{taken:>12,}{shown}{ratio:>18}", flush=True)
     print(f"{'one new token, full caches, a chip':46}{'memory':>12}{'ours':>12}{'plain XLA':>14}")
     for chip in selected:

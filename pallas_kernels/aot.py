@@ -108,6 +108,12 @@ def blocks(listing: str) -> list[Block]:
 T = TypeVar("T")
 
 
+def named(target: str) -> Callable[..., Any]:
+    """The function that "module:function" means."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def of_kernel(found: Mapping[str, T], name: str) -> T:
     """What was found of the kernel called `name`, which jax's transformations add to (`jvp_name_`).
 
@@ -231,10 +237,8 @@ def _main(given: str) -> None:
     """Compiles job after job, and prints of each what its kernels cost as a line of JSON."""
     request = json.loads(given)
     for job in request["jobs"]:
-        module, _, name = job["target"].partition(":")
-        program_of = getattr(importlib.import_module(module), name)
         try:
-            program = compile_for(request["chip"], *program_of(chip=request["chip"], **job["arguments"]))
+            program = compile_for(request["chip"], *named(job["target"])(chip=request["chip"], **job["arguments"]))
         except CompileError as error:
             answer: dict[str, Any] = {"error": str(error)}
         else:

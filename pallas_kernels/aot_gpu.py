@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib
 import importlib.util
 import json
 import os
@@ -29,7 +28,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import gpu_cards
-from pallas_kernels.aot import CompileError
+from pallas_kernels.aot import CompileError, named
 
 PLUGIN = "jax_cuda13_plugin"
 TOOLS = "nvidia/cu13/bin"
@@ -124,9 +123,7 @@ def _run(tool: Path, *arguments: Any) -> str:
 
 def _main(job: str) -> None:
     request = json.loads(job)
-    module, _, name = request["target"].partition(":")
-    function, operands = getattr(importlib.import_module(module), name)(**request["arguments"])
-    compile_for_hopper(function, operands)
+    compile_for_hopper(*named(request["target"])(**request["arguments"]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import importlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,10 +92,8 @@ def answers(
 
 def timed(chip: str, question: aot.Question, interpret: Any) -> tuple[Any, str] | aot.CompileError:
     """(microseconds, "measured") of a question's whole program on the device at hand; kernels are not told apart."""
-    module, _, name = question.target.partition(":")
-    program = getattr(importlib.import_module(module), name)
     arguments = {**question.arguments, **question.at_hand, "interpret": interpret}
-    function, operands = program(chip=chip, **arguments)
+    function, operands = aot.named(question.target)(chip=chip, **arguments)
     run, random = jax.jit(function), np.random.default_rng(0)
     arrays = [jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype) for x in operands]
     try:

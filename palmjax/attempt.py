@@ -149,8 +149,9 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
         guard.remove_void(run.folder, model_dir.steps(run.folder), run.rewinds_at, job.rewinds)
     # Also: nobody looks for the newest checkpoint before the void ones are gone.
     distributed.meet("void checkpoints are gone")
-    _check_steps_left(run)
-    run.follow(overrides, model_dir.newest(run.folder) or 0, job.pool)
+    newest = model_dir.newest(run.folder)
+    _check_steps_left(run, newest)
+    run.follow(overrides, newest or 0, job.pool)
     if job.heldout is not None and not job.launched:
         job.pool.submit(job.heldout.compile, run.program.abstract_state.params)
 
@@ -214,9 +215,12 @@ def begin(job: Job, stack: contextlib.ExitStack) -> Attempt:
     )
 
 
-def _check_steps_left(run: Run) -> None:
-    """Raises ConfigError if the run would begin behind its last step: it would be called done with nothing trained."""
-    newest, initial = model_dir.newest(run.folder), run.experiment.checkpoint.restore.path
+def _check_steps_left(run: Run, newest: int | None) -> None:
+    """Raises ConfigError if the run would begin behind its last step: it would be called done with nothing trained.
+
+    newest: the step of MODEL_DIR's newest checkpoint.
+    """
+    initial = run.experiment.checkpoint.restore.path
     if newest is not None:
         if newest > run.settings.steps:
             raise ConfigError(

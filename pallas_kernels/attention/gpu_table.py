@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pallas_kernels.attention.case import Case
 from pallas_kernels.attention.gpu_plan import Ring, Stream, Tuning
-from pallas_kernels.attention.table import FOLDER
+from pallas_kernels.attention.table import FOLDER, entries
 
 T = TypeVar("T")
 
@@ -45,10 +44,7 @@ class Row(Generic[T]):
 
 def read(folder: Path, tuning: Callable[[dict[str, Any]], T]) -> tuple[Row[T], ...]:
     """All rows of a folder's files."""
-    paths = sorted(folder.glob("nvidia_*.json"))
-    return tuple(
-        Row(**{**entry, "tuning": tuning(entry["tuning"])}) for path in paths for entry in json.loads(path.read_text())
-    )
+    return tuple(Row(**{**entry, "tuning": tuning(entry["tuning"])}) for entry in entries(folder, "nvidia"))
 
 
 def nearest(rows: Iterable[Row[T]], head_dim: int, chip: str | None) -> Row[T] | None:

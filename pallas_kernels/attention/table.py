@@ -23,6 +23,11 @@ def file_name(chip: str) -> str:
     return f"{chip.lower().replace(' ', '_')}.json"
 
 
+def entries(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """All rows of an op's folder for chips of a `kind`, "tpu" or "nvidia", as JSON."""
+    return [entry for path in sorted(folder.glob(f"{kind}*.json")) for entry in json.loads(path.read_text())]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
     """What block sizes are found for: one sequence with one key/value head.
@@ -81,8 +86,7 @@ def as_tuning(entry: dict[str, Any]) -> Tuning:
 @functools.cache
 def rows() -> tuple[Row, ...]:
     """All rows of all files."""
-    entries = [entry for path in sorted(FOLDER.glob("tpu*.json")) for entry in json.loads(path.read_text())]
-    return tuple(Row(**{**entry, "tuning": as_tuning(entry["tuning"])}) for entry in entries)
+    return tuple(Row(**{**entry, "tuning": as_tuning(entry["tuning"])}) for entry in entries(FOLDER, "tpu"))
 
 
 def chips() -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
+from pallas_kernels.attention.table import entries
 from pallas_kernels.attention.tpu_plan import LANES
 from pallas_kernels.decode_attention import gpu_table
 from pallas_kernels.decode_attention.case import MOST_ROWS, Case
@@ -48,8 +48,7 @@ class Choice:
 @functools.cache
 def rows() -> tuple[Row, ...]:
     """All rows of all files."""
-    paths = sorted(FOLDER.glob("tpu*.json"))
-    return tuple(Row(**entry) for path in paths for entry in json.loads(path.read_text()))
+    return tuple(Row(**entry) for entry in entries(FOLDER, "tpu"))
 
 
 def find(case: Case, chip: str | None) -> Row | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
+from pallas_kernels.attention.table import entries
 from pallas_kernels.attention.tpu_plan import LANES
 from pallas_kernels.linear_cross_entropy.tpu import Tiles
 
@@ -33,8 +33,7 @@ class Row:
 @functools.cache
 def rows() -> tuple[Row, ...]:
     """All rows of all files."""
-    entries = [entry for path in sorted(FOLDER.glob("tpu*.json")) for entry in json.loads(path.read_text())]
-    return tuple(Row(**{**entry, "tiles": Tiles(**entry["tiles"])}) for entry in entries)
+    return tuple(Row(**{**entry, "tiles": Tiles(**entry["tiles"])}) for entry in entries(FOLDER, "tpu"))
 
 
 def find(dtype: str, chip: str | None) -> Row | None:

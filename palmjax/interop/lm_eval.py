@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import inspect
 import io
 import os
@@ -141,13 +140,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_model_args(given: Mapping[str, Any]) -> None:
+    from palmjax.configure.names import nearest
     from palmjax.interop.lm_eval_model import PalmJax
 
     known = {name: one for name, one in inspect.signature(PalmJax).parameters.items() if one.default is not one.empty}
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it sets {', '.join(known)}"
+            close = nearest(name, known, prefix="")
+            hint = f"did you mean {close!r}?" if close else f"it sets {', '.join(known)}"
             raise ConfigError(f"--model_args: there is no {name!r}; {hint}")
 
 
